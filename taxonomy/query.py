@@ -1,0 +1,233 @@
+"""The query API: a loaded taxonomy, searched, filtered, exported."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from taxonomy.schema import RELATIONS, Category, Compiled, Facets, Framework, Method, Paper, near
+
+if TYPE_CHECKING:
+    import networkx
+
+
+class Taxonomy:
+    """Categories, methods, papers and frameworks by id; read-only.
+
+    Attributes:
+        categories: by path, in reading order (`compression`, `compression/quantization`, …).
+        methods: by id (`gptq`).
+        papers: by bibliography key.
+        frameworks: by id.
+        survey: headings of the survey's online list, path to title.
+    """
+
+    def __init__(self, root: Path, compiled: Compiled) -> None:
+        self.root = root
+        self.categories: Mapping[str, Category] = MappingProxyType(compiled.categories)
+        self.methods: Mapping[str, Method] = MappingProxyType(compiled.methods)
+        self.papers: Mapping[str, Paper] = MappingProxyType(compiled.papers)
+        self.frameworks: Mapping[str, Framework] = MappingProxyType(compiled.frameworks)
+        self.survey: Mapping[str, str] = MappingProxyType(compiled.survey)
+
+    def __repr__(self) -> str:
+        ready = sum(m.implemented for m in self.methods.values())
+        return (
+            f"<Taxonomy: {len(self.categories)} categories, {len(self.methods)} methods ({ready} run), "
+            f"{len(self.papers)} papers>"
+        )
+
+    def find(
+        self,
+        text: str | None = None,
+        *,
+        category: str | None = None,
+        tag: str | None = None,
+        year: int | None = None,
+        venue: str | None = None,
+        implemented: bool | None = None,
+        relation: str | None = None,
+        facets: Mapping[str, object] | None = None,
+    ) -> list[Method]:
+        """Methods that meet every condition given, best match for `text` first, else in reading order.
+
+        Args:
+            text: words that must all occur in id, name, tags, summary, idea, advice or papers' titles.
+            category: a category's id; those below it count too.
+            tag: one tag.
+            year: year in which the method's first paper appeared.
+            venue: venue of one of its papers, any case.
+            implemented: True for what runs, False for what does not yet.
+            relation: `builds_on` (has such an edge) or `builds_on:gptq` (has it to that method).
+            facets: facet to value; for a facet that is a list, the value must be in it.
+
+        Raises:
+            ValueError: a category, relation or facet that does not exist.
+        """
+        if category is not None and category not in self.categories:
+            raise ValueError(_unknown("category", category, self.categories))
+        kind, _, target = (relation or "").partition(":")
+        if relation is not None and kind not in RELATIONS:
+            raise ValueError(_unknown("relation", kind, RELATIONS))
+        for name in facets or {}:
+            if name not in Facets.__struct_fields__:
+                raise ValueError(_unknown("facet", name, Facets.__struct_fields__))
+        found = [
+            m
+            for m in self._in_order()
+            if (category is None or f"{m.category}/".startswith(f"{category}/"))
+            and (tag is None or tag in m.tags)
+            and (year is None or m.year == year)
+            and (venue is None or any(self.papers[k].venue.casefold() == venue.casefold() for k in m.papers))
+            and (implemented is None or m.implemented == implemented)
+            and (relation is None or any(k == kind and target in ("", t) for k, t in m.relations.items()))
+            and all(_has_facet(m.facets, name, value) for name, value in (facets or {}).items())
+        ]
+        words = (text or "").casefold().split()
+        if not words:
+            return found
+        scored = [(min(self._score(m, word) for word in words), m) for m in found]
+        return [m for score, m in sorted(scored, key=lambda pair: -pair[0]) if score]
+
+    def _in_order(self) -> list[Method]:
+        position = {c: i for i, c in enumerate(self.categories)}
+        return sorted(self.methods.values(), key=lambda m: (position.get(m.category, 0), m.year, m.id))
+
+    def _score(self, method: Method, word: str) -> int:
+        titles = " ".join(self.papers[key].title for key in method.papers)
+        fields = (f"{method.id} {method.name}", " ".join(method.tags), f"{method.summary} {titles}", f"{method.idea} {method.when}")
+        return max((4 - i for i, value in enumerate(fields) if word in value.casefold()), default=0)
+
+    def children(self, category: str | None) -> list[Category]:
+        """Categories directly below one, in reading order; those on top for None."""
+        return [c for c in self.categories.values() if c.parent == category]
+
+    def reading_list(self, category: str) -> list[Paper]:
+        """Papers filed directly in a category, newest first."""
+        return sorted(
+            (p for p in self.papers.values() if category in p.categories), key=lambda p: (-p.year, p.title.casefold())
+        )
+
+    def related_to(self, method: str) -> list[tuple[str, Method]]:
+        """Edges that point at a method, as (relation, the method it comes from)."""
+        return [(kind, m) for m in self.methods.values() for kind, target in m.relations.items() if target == method]
+
+    def graph(self) -> "networkx.MultiDiGraph[str]":
+        """Everything as a graph.
+
+        Nodes are categories, methods and papers, each with `kind` and `name`; methods also with `year`, `category` and
+        `implemented`. Edges carry `relation`: the typed ones between methods, `in` from a method or category to the
+        category above, `described_by` from a method to its papers, `filed_under` from a paper to its categories. Ids of
+        papers and categories are prefixed (`paper:gptq`, `category:compression`), since a method may share a paper's key.
+        """
+        import networkx
+
+        graph: networkx.MultiDiGraph[str] = networkx.MultiDiGraph()
+        for c in self.categories.values():
+            graph.add_node(f"category:{c.id}", kind="category", name=c.name)
+        for p in self.papers.values():
+            graph.add_node(f"paper:{p.key}", kind="paper", name=p.name or p.title, year=p.year)
+        for m in self.methods.values():
+            graph.add_node(m.id, kind="method", name=m.name, year=m.year, category=m.category, implemented=m.implemented)
+        for c in self.categories.values():
+            if c.parent:
+                graph.add_edge(f"category:{c.id}", f"category:{c.parent}", relation="in")
+        for p in self.papers.values():
+            graph.add_edges_from((f"paper:{p.key}", f"category:{c}", {"relation": "filed_under"}) for c in p.categories)
+        for m in self.methods.values():
+            graph.add_edge(m.id, f"category:{m.category}", relation="in")
+            graph.add_edges_from((m.id, f"paper:{key}", {"relation": "described_by"}) for key in m.papers)
+            graph.add_edges_from((m.id, target, {"relation": kind}) for kind, target in m.relations.items())
+        return graph
+
+    def bibtex(self, papers: Iterable[str | Paper | Method] | None = None) -> str:
+        """BibTeX of papers, by key or object, or of a method's papers; of all of them if left out.
+
+        Raises:
+            KeyError: a key that is not in the bibliography.
+        """
+        chosen: dict[str, Paper] = {}
+        for item in self.papers.values() if papers is None else papers:
+            keys = item.papers if isinstance(item, Method) else [item.key if isinstance(item, Paper) else item]
+            for key in keys:
+                if key not in self.papers:
+                    raise KeyError(_unknown("paper", key, self.papers))
+                chosen[key] = self.papers[key]
+        return "\n".join(_bibtex(paper) for paper in chosen.values())
+
+    def to_json(self) -> str:
+        """Everything as one JSON text, with the fields of the schema."""
+        return msgspec.json.encode(
+            {
+                "categories": list(self.categories.values()),
+                "methods": [self.as_dict(m) for m in self._in_order()],
+                "papers": list(self.papers.values()),
+                "frameworks": list(self.frameworks.values()),
+            }
+        ).decode()
+
+    def as_dict(self, method: Method) -> dict[str, Any]:
+        """A method as plain values, derived fields included."""
+        return {**msgspec.to_builtins(method), "implemented": method.implemented, "path": method.path}
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One flat dict per method, ready for a data frame: facets and relations become columns, lists become text."""
+        records = []
+        for m in self._in_order():
+            first = self.papers[m.papers[0]]
+            record: dict[str, Any] = {
+                "id": m.id,
+                "name": m.name,
+                "category": m.category,
+                "year": m.year,
+                "implemented": m.implemented,
+                "simulated": m.simulated,
+                "summary": m.summary,
+                "tags": " ".join(m.tags),
+                "papers": " ".join(m.papers),
+                "venue": first.venue,
+                "arxiv": first.arxiv,
+                "url": first.url,
+                "code": first.code,
+                "claims": len(m.claims),
+            }
+            for name in Facets.__struct_fields__:
+                value = getattr(m.facets, name)
+                record[name] = " ".join(value) if isinstance(value, list) else value
+            record |= {kind: " ".join(getattr(m.relations, kind)) for kind in RELATIONS}
+            records.append(record)
+        return records
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    return f"unknown {kind} {name!r}" + (near(name, known) or (f"; known: {', '.join(known)}" if len(known) < 12 else ""))
+
+
+def _has_facet(facets: Facets, name: str, value: object) -> bool:
+    have = getattr(facets, name)
+    return value in have if isinstance(have, list) else have == value
+
+
+SPECIAL = str.maketrans({c: f"\\{c}" for c in "&%$#_"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"})
+
+
+def _bibtex(paper: Paper) -> str:
+    """One entry; capitals of the title are protected, and what is unknown is left out."""
+    title = re.sub(r"\b(\S*[A-Z]\S*)", r"{\1}", paper.title.translate(SPECIAL))
+    fields = {"title": title}
+    if paper.authors:
+        fields["author"] = " and ".join(author.translate(SPECIAL) for author in paper.authors)
+    fields["year"] = str(paper.year)
+    preprint = paper.venue.casefold() in ("arxiv", "blog")
+    kind = "misc" if preprint else "inproceedings"
+    if not preprint:
+        fields["booktitle"] = paper.venue.translate(SPECIAL)
+    if paper.arxiv:
+        fields |= {"eprint": paper.arxiv, "archivePrefix": "arXiv"}
+    fields["url"] = paper.url
+    body = "".join(f"  {name:<13} = {{{value}}},\n" for name, value in fields.items())
+    return f"@{kind}{{{paper.key},\n{body}}}\n"
