@@ -10,6 +10,7 @@
 Importing this package brings in neither torch nor the implementations; `method.load()` does, when it is called.
 """
 
+import gc
 import hashlib
 import os
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from taxonomy.schema import (
     Paper,
     Relations,
     json_schemas,
+    near,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ __all__ = [
     "Taxonomy",
     "json_schemas",
     "load",
+    "near",
+    "stored_at",
     "validate",
 ]
 
@@ -77,7 +81,7 @@ def load(path: str | os.PathLike[str] | None = None) -> Taxonomy:
     root = _folder(path)
     contents = _contents(root)
     digest = _digest(root, contents)
-    store = platformdirs.user_cache_path("effllm") / f"{hashlib.blake2b(str(root).encode(), digest_size=8).hexdigest()}.taxonomy"
+    store = stored_at(root)
     stored = _stored(store, digest)
     if stored is None:
         from taxonomy.reader import read
@@ -99,6 +103,12 @@ def validate(path: str | os.PathLike[str] | None = None) -> "list[Problem]":
     from taxonomy.reader import read
 
     return read(_folder(path)).problems()
+
+
+def stored_at(root: Path) -> Path:
+    """Where the compiled form of a tree is kept between runs."""
+    name = hashlib.blake2b(os.fspath(root).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    return platformdirs.user_cache_path("effllm") / f"{name}.taxonomy"
 
 
 def _folder(path: str | os.PathLike[str] | None) -> Path:
@@ -145,7 +155,13 @@ def _stored(store: Path, digest: bytes) -> Compiled | None:
     head, check, payload = data[:32], data[32:64], data[64:]
     if head != digest or check != hashlib.blake2b(payload, digest_size=32).digest():
         return None
-    return msgspec.msgpack.decode(payload, type=Compiled)
+    running = gc.isenabled()
+    gc.disable()  # nothing made here is garbage: looking for some would take longer than the decoding
+    try:
+        return msgspec.msgpack.decode(payload, type=Compiled)
+    finally:
+        if running:
+            gc.enable()
 
 
 def _store(store: Path, digest: bytes, compiled: Compiled) -> None:

@@ -1,8 +1,8 @@
 """What the files of the knowledge base may say, and what they are once read.
 
 One definition of every field: msgspec checks the YAML against these classes, writes the JSON Schema for editors from
-them, and stores the compiled form with them. A `…File` class is a file as its author writes it; the class that extends it
-adds what its place in the tree says: `compression/low_rank/svd.yaml` is method `svd` in category `compression/low_rank`.
+them, and stores the compiled form with them. A `…File` class is a file as its author writes it; the class that extends it adds what
+its place in the tree says: `compression/low_rank/svd.yaml` is method `svd` in category `compression/low_rank`.
 """
 
 import difflib

@@ -1,0 +1,83 @@
+r"""RTN: round every weight to the nearest level of its group's grid.
+
+Source: `integer-only-inference` (arXiv 1712.05877), Eq. (1) for the affine map $r = S(q - Z)$ with an integer zero point;
+the symmetric range and the group-wise use are the round-to-nearest baseline of `gptq` (arXiv 2210.17323), Section 5.
+Differs from the paper: scales are stored in float16 and rounded up to it, where the paper keeps a fixed-point multiplier.
+Not here: clipping (`mse_clip`, `kl_clip`), quantized activations, integer kernels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refimpl.compression.quantization.affine import Granularity, affine_grid, quantize, to_groups
+from refimpl.compression.quantization.packed import QuantizedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTN:
+    r"""Round-to-nearest quantization of a weight, without data.
+
+    Inside a group's range $[a, b]$ the grid has the step $s = (b - a) / (2^{bits} - 1)$, and no weight moves by more than
+    $s/2$.
+
+    Args:
+        bits: 1 to 8.
+        granularity: what shares a scale: the whole tensor, an output channel, or `group_size` neighbours in a channel.
+        group_size: weights in a group; where it does not divide a channel, the channel's last group is shorter.
+        symmetric: the range is $[-m, m]$ and no zero point is stored.
+        scale_dtype: what scales are stored in.
+
+    >>> weight = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    >>> packed = RTN(bits=2, group_size=4)(weight)
+    >>> packed.dense().tolist(), packed.nbytes  # 2 bytes hold up to 8 codes; a scale takes 2, zero points up to 8 take 2
+    ([[0.0, 1.0, 2.0, 3.0]], 6)
+    """
+
+    bits: int = 4
+    granularity: Granularity = "group"
+    group_size: int = 128
+    symmetric: bool = False
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits} must be 1 to 8")
+        if self.granularity not in ("tensor", "channel", "group"):
+            raise ValueError(f"granularity={self.granularity!r} must be 'tensor', 'channel' or 'group'")
+        if self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} must be at least 1")
+        if self.scale_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"scale_dtype={self.scale_dtype} must be torch.float16, torch.bfloat16 or torch.float32")
+
+    def __call__(self, weight: Tensor, inputs: Tensor | None = None) -> QuantizedWeight:
+        """Quantize a weight; the arithmetic is float32 whatever its dtype.
+
+        Args:
+            weight: `[out, in]`, finite, not empty; left unchanged.
+            inputs: ignored.
+
+        Returns:
+            Packed codes, scales and zero points; `dense()` has the weight's dtype.
+
+        Raises:
+            ValueError: the weight is no matrix, is empty, holds NaN or infinity, or is too large for `scale_dtype`.
+        """
+        if weight.ndim != 2 or weight.numel() == 0:
+            raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix [out, in] with at least one element")
+        if not torch.isfinite(weight).all():
+            raise ValueError("weight holds NaN or infinity; it cannot be rounded to a finite grid")
+        groups = to_groups(weight, self.granularity, self.group_size)
+        scale, zero = affine_grid(
+            groups.amin(dim=1), groups.amax(dim=1), self.bits, symmetric=self.symmetric, scale_dtype=self.scale_dtype
+        )
+        return QuantizedWeight(
+            quantize(groups, scale, zero, self.bits),
+            scale,
+            None if self.symmetric else zero,
+            bits=self.bits,
+            granularity=self.granularity,
+            shape=(weight.shape[0], weight.shape[1]),
+            dtype=weight.dtype,
+        )

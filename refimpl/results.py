@@ -1,0 +1,55 @@
+"""Stored figures and measured claims: the committed ones, and over them those measured on this machine.
+
+`docs/results/` is committed and written by `effllm run` and `effllm claims --measure` with `--output`; without that option
+they write to `build/results/`, which is not committed and is shown instead where it exists.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def committed_folder() -> Path:
+    """Where the results that the site shows are committed."""
+    return CHECKOUT / "docs" / "results"
+
+
+def fresh_folder() -> Path:
+    """Where results of this machine go: `build/results/` of a checkout, else of the working directory."""
+    base = CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()
+    return base / "build" / "results"
+
+
+def documents(folders: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:
+    """Every stored document by name (`weights`, `claims`), of the last folder that has it."""
+    found = {}
+    for folder in folders or (committed_folder(), fresh_folder()):
+        for path in sorted(folder.glob("*.json")):
+            try:
+                found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not whole ({error}); delete it and run again") from error
+    return found
+
+
+def claims(folders: Iterable[Path] | None = None) -> dict[tuple[str, str], dict[str, Any]]:
+    """Measured claims by (method, claim): `value`, `holds`."""
+    rows = documents(folders).get("claims", {}).get("claims", [])
+    return {(row["method"], row["claim"]): row for row in rows}
+
+
+def store_claims(path: Path, rows: Iterable[Any]) -> None:
+    """Write measured claims with the environment; those of other methods that stand there are kept."""
+    from refimpl.environment import environment
+
+    fresh = [msgspec.to_builtins(row) for row in rows]
+    ran = {row["method"] for row in fresh}
+    kept = [r for r in json.loads(path.read_text())["claims"] if r["method"] not in ran] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(kept + fresh, key=lambda row: (row["method"], row["claim"]))
+    path.write_text(json.dumps({"environment": environment(), "claims": ordered}, indent=1) + "\n")

@@ -1,0 +1,151 @@
+"""How the command line shows things: Rich renderables from the objects of the taxonomy and of the arenas."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markdown import Markdown
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from taxonomy import Facets, Method, Paper, Taxonomy
+
+RUNS, READS = "[green]●[/]", "[dim]○[/]"
+
+
+def tree_view(tree: Taxonomy, category: str | None, depth: int | None, only: set[str] | None) -> Tree:
+    """The tree of categories with their methods; `only` keeps the methods named, and the categories that hold them."""
+    root = Tree(f"[bold]{tree.categories[category].name if category else 'Efficient large language models'}[/]")
+    _grow(tree, root, category, depth, only)
+    root.add(f"{RUNS} runs   {READS} described, no code yet") if depth is None else None
+    return root
+
+
+def _grow(tree: Taxonomy, branch: Tree, category: str | None, depth: int | None, only: set[str] | None) -> None:
+    for method in tree.find(category=category) if category else []:
+        if method.category == category and (only is None or method.id in only):
+            branch.add(f"{RUNS if method.implemented else READS} [cyan]{method.id}[/]  [dim]{method.year}[/]")
+    for child in tree.children(category):
+        inside = [m for m in tree.find(category=child.id) if only is None or m.id in only]
+        if only is not None and not inside:
+            continue
+        ready = sum(m.implemented for m in inside)
+        count = f"[dim]{ready} of {len(inside)} run[/]" if inside else "[dim]reading list[/]"
+        twig = branch.add(f"[bold]{child.id.rpartition('/')[2]}[/]  {child.name}  {count}")
+        if depth is None or depth > 1:
+            _grow(tree, twig, child.id, None if depth is None else depth - 1, only)
+
+
+def method_view(tree: Taxonomy, method: Method) -> RenderableType:
+    """A method's page for the terminal."""
+    head = Text.assemble((method.name, "bold"), f"  {method.id}  ", (f"{method.year}  {method.category}", "dim"))
+    state = f"runs: {method.module}.{method.impl}" if method.implemented else "described, no code yet"
+    parts: list[RenderableType] = [head, Text(method.summary, style="italic"), Text(state, style="green" if method.implemented else "yellow"), ""]
+    parts += [Markdown(method.idea), "", Text("When to use it", style="bold"), Markdown(method.when), ""]
+    parts += [_facet_table(method.facets)]
+    edges = [(kind.replace("_", " "), target) for kind, target in method.relations.items()]
+    edges += [(f"← {kind.replace('_', ' ')}", m.id) for kind, m in tree.related_to(method.id)]
+    if edges:
+        parts += ["", Text("Relations", style="bold"), *(Text.assemble(f"  {kind}  ", (name, "cyan")) for kind, name in edges)]
+    if method.claims:
+        parts += ["", Text("Claims", style="bold")]
+        parts += [Text(f"  {c.id}: {c.says} Expected: {c.expect} ({c.source.where})") for c in method.claims]
+    parts += ["", Text("Papers", style="bold"), *(_paper_line(tree.papers[key]) for key in method.papers)]
+    return Group(*parts)
+
+
+def _facet_table(facets: Facets) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name in Facets.__struct_fields__:
+        value = getattr(facets, name)
+        if value is not None:
+            shown = ", ".join(value) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, str(value))
+            table.add_row(Text(name.replace("_", " "), style="dim"), shown)
+    return table
+
+
+def _paper_line(paper: Paper) -> Padding:
+    return Padding(Text.assemble(paper.title, (f"  {paper.venue} {paper.year}  ", "dim"), paper.url), (0, 0, 0, 2))
+
+
+def methods_view(methods: Sequence[Method]) -> Table:
+    """A list of methods, one line each where the terminal is wide enough."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", width=1)
+    table.add_column("method", style="cyan", no_wrap=True)
+    table.add_column("year", style="dim")
+    table.add_column("summary")
+    for m in methods:
+        table.add_row(RUNS if m.implemented else READS, m.id, str(m.year), m.summary)
+    return table
+
+
+def papers_view(papers: Sequence[Paper]) -> Table:
+    """A list of papers."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("key", style="cyan", no_wrap=True, max_width=30)
+    table.add_column("year", style="dim")
+    table.add_column("venue", style="dim", max_width=14)
+    table.add_column("title")
+    for p in papers:
+        table.add_row(p.key, str(p.year), p.venue, p.title)
+    return table
+
+
+def claims_view(tree: Taxonomy, measured: dict[tuple[str, str], dict[str, Any]], methods: Sequence[Method]) -> Table:
+    """Claims beside what was measured."""
+    table = Table(box=None, pad_edge=False)
+    for name, style in (("claim", "cyan"), ("says", ""), ("expected", "dim"), ("measured", ""), ("", "")):
+        table.add_column(name, style=style)
+    for m in methods:
+        for c in m.claims:
+            row = measured.get((m.id, c.id))
+            value = f"{row['value']:.4g}" if row else "–"
+            verdict = "" if row is None else "[green]holds[/]" if row["holds"] else "[red]does not hold[/]"
+            table.add_row(f"{m.id}/{c.id}", c.says, str(c.expect), value, verdict)
+    return table
+
+
+def figures_view(document: dict[str, Any], methods: set[str]) -> Table:
+    """An arena's rows as a table; means over seeds, with the spread where there is more than one."""
+    table = Table(box=None, pad_edge=False, title=None)
+    table.add_column("method", style="cyan", no_wrap=True)
+    table.add_column("settings", style="dim")
+    for metric in document["metrics"]:
+        table.add_column(metric["name"].replace("_", " "), justify="right")
+    for (name, settings), rows in group_rows(document["rows"]).items():
+        if name != document["baseline"] and name not in methods:
+            continue
+        errors = [row["error"] for row in rows if row.get("error")]
+        cells = [errors[0]] if errors else [mean_text(rows, metric["name"]) for metric in document["metrics"]]
+        table.add_row(name, settings, *cells, style="bold" if name == document["baseline"] else None)
+    return table
+
+
+def group_rows(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows that differ in the seed alone, by method and settings."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+        groups.setdefault((row["method"], settings), []).append(row)
+    return groups
+
+
+def mean_text(rows: Sequence[dict[str, Any]], metric: str) -> str:
+    """Mean of a figure over seeds, `± (max - min) / 2` where seeds differ."""
+    values = [row["figures"][metric] for row in rows if metric in row["figures"]]
+    if not values:
+        return "–"
+    mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
+    return number(mean) + (f" ± {number(spread)}" if spread else "")
+
+
+def number(value: float) -> str:
+    """Four digits, thousands separated: `12,800`, `0.0312`, `5.2e-06`."""
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+

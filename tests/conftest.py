@@ -1,0 +1,73 @@
+"""Fixtures every test may use, and the option that collects measured claims."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from refimpl.claims import find, judge
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="torch device for the tests that take one (default: cpu)")
+    parser.addoption("--claims-to", help="write what the tests measured about claims to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and config.getoption("--claims-to"):
+        config.pluginmanager.register(ClaimReport(Path(config.getoption("--claims-to"))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "claim" in getattr(item, "fixturenames", ()):
+            item.add_marker("claims")
+
+
+class ClaimReport:
+    """Gathers the claims of all tests, worker processes included, and writes them at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.rows += [value for name, value in report.user_properties if name == "claim"]
+
+    def pytest_sessionfinish(self) -> None:
+        self.path.write_text(json.dumps(sorted(self.rows, key=lambda row: (row["method"], row["claim"])), indent=1))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded source of randomness, new for each test."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device chosen by `--device`."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def claim(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, float], None]]:
+    """`claim("rtn", "error-bound", value)`: record a measured value; fails if the YAML file tells it otherwise."""
+    outcomes = []
+
+    def record(method: str, name: str, value: float) -> None:
+        measured = judge(method, name, value)
+        request.node.user_properties.append(("claim", msgspec.to_builtins(measured)))
+        outcomes.append((measured, find(method, name)))
+
+    yield record
+    assert outcomes, "the test took the fixture `claim` and reported nothing"
+    for measured, stated in outcomes:
+        verdict = "holds" if measured.holds else "does not hold"
+        assert measured.holds == stated.holds, (
+            f"{measured.method}/{measured.claim}: measured {measured.value:g}, expected {stated.expect}: {verdict}, "
+            f"but its YAML file says holds: {str(stated.holds).lower()}"
+        )

@@ -1,0 +1,365 @@
+"""Write the site's pages: `python -m tools.docs`.
+
+Everything the builders read comes to stand in `build/docs`: the hand-written pages of `docs/`, and a page for each category,
+method, framework and arena, the papers, the claims and the graph, made from the taxonomy, the docstrings and the stored
+results. Only what changed is written, what is no longer made is removed, and the same input gives the same bytes.
+"""
+
+import ast
+import csv
+import io
+import json
+import posixpath
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+import plotly
+from markupsafe import Markup
+
+import taxonomy
+from refimpl import results
+from refimpl.views import group_rows, mean_text
+from taxonomy import Category, Facets, Framework, InvalidTaxonomy, Method, Taxonomy
+from taxonomy import graph as graphs
+
+ROOT = Path(__file__).parents[1]
+SURVEY = "survey"  # folder of the generated tree, and name of its tab
+PROTECTED = re.compile(r"(\$\$.+?\$\$|\$[^$]+\$|```.+?```|`[^`]+`)", re.DOTALL)
+
+
+def main() -> None:
+    """Write `build/docs`, say what changed, and exit with 1 if the taxonomy cannot be used."""
+    try:
+        site = Site(ROOT, ROOT / "build" / "docs", taxonomy.load(), results.documents())
+    except InvalidTaxonomy as error:
+        sys.exit(f"{error}\n{len(error.problems)} problems; no page was written")
+    site.write_all()
+    sys.stdout.write(f"{len(site.kept)} files in {site.out.relative_to(ROOT)}: {site.summary()}\n")
+
+
+@dataclass
+class Site:
+    """One run of the generator.
+
+    Attributes:
+        root: the checkout, with `docs/`, `tests/` and `refimpl/`.
+        out: folder to write.
+        tree: the taxonomy.
+        documents: stored results by name, as `refimpl.results.documents` gives them.
+    """
+
+    root: Path
+    out: Path
+    tree: Taxonomy
+    documents: Mapping[str, dict[str, Any]]
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def write_all(self) -> None:
+        """Write every page, and remove what no page stands for any more."""
+        self.measured = {(r["method"], r["claim"]): r for r in self.documents.get("claims", {}).get("claims", [])}
+        self.templates = _templates(self)
+        self._copy_hand_written()
+        for category in self.tree.categories.values():
+            self._category(category)
+        for method in self.tree.methods.values():
+            self._method(method)
+        for framework in self.tree.frameworks.values():
+            self.page(page_of(framework), "framework.md.j2", framework=framework, papers=[])
+        self._papers()
+        self._graph()
+        self._results()
+        self._exports()
+        self._remove_stale()
+
+    def put(self, path: str, content: str | bytes) -> None:
+        """Write a file if its content is not there already."""
+        data = content.encode() if isinstance(content, str) else content
+        target = self.out / path
+        before = target.read_bytes() if target.is_file() else None
+        if before != data:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        self.kept[path] = "new" if before is None else "same" if before == data else "changed"
+
+    def page(self, path: str, template: str, **values: Any) -> None:
+        """Render a template to a page; in it, `link(target)` is relative to the page."""
+        render = self.templates.get_template(template).render
+        text = render(**values, link=partial(_link, path), href=partial(_href, path), page=path)
+        self.put(path, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+
+    def summary(self) -> str:
+        """How many files are new, changed and as before."""
+        states = list(self.kept.values())
+        return ", ".join(f"{states.count(state)} {state}" for state in ("new", "changed", "same"))
+
+    def papers_below(self, category: str) -> int:
+        """How many papers are filed in a category or below it."""
+        inside = (any(f"{c}/".startswith(f"{category}/") for c in p.categories) for p in self.tree.papers.values())
+        return sum(inside)
+
+    def tables_for(self, methods: Sequence[Method]) -> list[dict[str, Any]]:
+        """The arenas in which these methods have figures."""
+        names = dict.fromkeys(name for m in methods for name in m.arena if name in self.documents)
+        return [_table(self.documents[name], {m.id for m in methods}) for name in names]
+
+    def facet(self, method: Method, name: str) -> Any:
+        """One facet of a method."""
+        return getattr(method.facets, name)
+
+    def test_path(self, method: Method) -> str:
+        """Where its tests stand."""
+        return f"tests/{_test_path(method)}"
+
+    def _copy_hand_written(self) -> None:
+        for path in sorted((self.root / "docs").rglob("*")):
+            name = path.relative_to(self.root / "docs").as_posix()
+            if path.is_file() and not name.startswith("results/") and path.suffix != ".j2":
+                self.put(name, path.read_bytes())
+        self.page("index.md", "home.md.j2", picture=self._picture("index.md", graphs.select(self.tree), "radial"))
+        self.put(".nav.yml", "nav:\n- index.md\n- Survey: survey\n- graph.md\n- papers.md\n- Results: results\n- Guide: guide\n")
+
+    def _category(self, category: Category) -> None:
+        path = page_of(category)
+        methods = self.tree.find(category=category.id)
+        drawn = graphs.select(self.tree, category=category.id)
+        self.page(
+            path,
+            "category.md.j2",
+            category=category,
+            children=self.tree.children(category.id),
+            methods=methods,
+            here=[m for m in methods if m.category == category.id],
+            frameworks=[f for f in self.tree.frameworks.values() if f.category == category.id],
+            papers=self.tree.reading_list(category.id),
+            picture=self._picture(path, drawn, "auto") if 1 < len(methods) <= 45 else None,
+        )
+        order = [f"{c.id.rpartition('/')[2]}" for c in self.tree.children(category.id)]
+        order += [Path(page_of(m)).name for m in methods if m.category == category.id]
+        order += sorted(Path(page_of(f)).name for f in self.tree.frameworks.values() if f.category == category.id)
+        folder = posixpath.dirname(path)
+        self.put(f"{folder}/.nav.yml", _yaml_nav(category.name, ["index.md", *order]))
+
+    def _method(self, method: Method) -> None:
+        path = page_of(method)
+        around = graphs.select(self.tree, around=method.id, depth=1)
+        rivals = {m.id for m in self.tree.find(category=method.category)}
+        self.page(
+            path,
+            "method.md.j2",
+            method=method,
+            category=self.tree.categories[method.category],
+            incoming=self.tree.related_to(method.id),
+            papers=[self.tree.papers[key] for key in method.papers],
+            picture=self._picture(path, around, "layered") if around.number_of_nodes() > 1 else None,
+            oracles=oracles(self.root / "tests" / _test_path(method)) if method.implemented else [],
+            tables=[_table(self.documents[a], rivals | {method.id}) for a in method.arena if a in self.documents],
+        )
+
+    def _papers(self) -> None:
+        papers = sorted(self.tree.papers.values(), key=lambda p: (-p.year, p.title.casefold()))
+        used = {key: m for m in self.tree.methods.values() for key in m.papers}
+        self.page("papers.md", "papers.md.j2", papers=papers, used=used, venues=sorted({p.venue for p in papers}))
+
+    def _graph(self) -> None:
+        whole = graphs.select(self.tree, papers=False)
+        self.page("graph.md", "graph.md.j2", picture=self._picture("graph.md", whole, "radial"), relations=graphs.RELATIONS)
+
+    def _results(self) -> None:
+        claims = [(m, c) for m in self.tree.find() for c in m.claims]
+        self.page("results/claims.md", "claims.md.j2", claims=claims, stamp=self.documents.get("claims", {}).get("environment"))
+        arenas = {name: d for name, d in self.documents.items() if "arena" in d}
+        for name, document in arenas.items():
+            methods = {row["method"] for row in document["rows"]}
+            table = _table(document, methods)
+            self.page(f"results/{name}.md", "arena.md.j2", document=document, table=table, name=name, figures=_figures(document))
+            self.put(f"results/{name}.json", json.dumps(document, indent=1) + "\n")
+            self.put(f"results/{name}.csv", _csv(document))
+        self.page("results/index.md", "results.md.j2", arenas=arenas, claims=claims)
+        self.put("results/.nav.yml", _yaml_nav("Results", ["index.md", "claims.md", *(f"{name}.md" for name in arenas)]))
+        if arenas:
+            source = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+            self.put("assets/plotly.min.js", source.read_bytes())
+
+    def _exports(self) -> None:
+        self.put("data/taxonomy.json", self.tree.to_json())
+        self.put("data/papers.bib", self.tree.bibtex())
+        self.put("data/papers.csv", _papers_csv(self.tree.papers.values()))
+        self.put("data/methods.csv", _records_csv(self.tree.to_records()))
+        self.put("data/graph.graphml", graphs.render(graphs.select(self.tree, papers=True), "graphml"))
+        for name, schema in taxonomy.json_schemas().items():
+            self.put(f"data/schema/{name}.json", json.dumps(schema, indent=1) + "\n")
+
+    def _picture(self, page: str, graph: Any, layout: str) -> Markup:
+        def link(node: str, data: Mapping[str, Any]) -> str | None:
+            kind, _, key = node.rpartition(":")
+            if kind == "category":
+                return _href(page, page_of(self.tree.categories[key]))
+            if kind == "paper":
+                return _href(page, f"papers.md#{key}")
+            return _href(page, page_of(self.tree.methods[node]))
+
+        svg = graphs.render(graph, "svg", layout=layout, link=link)
+        one_line = re.sub(r">\s+<", "><", re.sub(r"\s*\n\s*", " ", svg))
+        return Markup(f'<div class="graph">{one_line}</div>')  # noqa: S704 - the renderer escapes every text
+
+    def _remove_stale(self) -> None:
+        for path in sorted(self.out.rglob("*"), reverse=True):
+            if path.is_file() and path.relative_to(self.out).as_posix() not in self.kept:
+                path.unlink()
+            elif path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def page_of(entry: Category | Method | Framework) -> str:
+    """Path of an entry's page below the docs folder."""
+    if isinstance(entry, Category):
+        return f"{SURVEY}/{entry.id}/index.md"
+    name = entry.id.replace("-", "_")
+    return f"{SURVEY}/{entry.category}/{name}.md"
+
+
+def safe(text: str | None) -> Markup:
+    """Text of a YAML file as Markdown that carries no HTML, no attribute list and no link; formulas and code stay as they are."""
+    parts = PROTECTED.split(text or "")
+    clean = [part if i % 2 else _neutral(part) for i, part in enumerate(parts)]
+    return Markup("".join(clean))  # noqa: S704 - that is what this function is for
+
+
+def _neutral(text: str) -> str:
+    return re.sub(r"([\[\]{}])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def oracles(test: Path) -> list[str]:
+    """What a test file holds its method against: the docstrings that begin with `Oracle:`, without that word."""
+    if not test.is_file():
+        return []
+    functions = [n for n in ast.walk(ast.parse(test.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
+    texts = [" ".join((ast.get_docstring(f) or "").split()) for f in functions]
+    return [text.removeprefix("Oracle:").strip() for text in texts if text.startswith("Oracle:")]
+
+
+def _templates(site: Site) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["safe_md"] = safe
+    environment.filters["cell"] = lambda text: Markup(safe(text).replace("|", "\\|").replace("\n", " "))  # noqa: S704
+    environment.filters["facet"] = _facet
+    environment.globals |= {
+        "tree": site.tree,
+        "page_of": page_of,
+        "facets": Facets.__struct_fields__,
+        "measured": site.measured,
+        "site": site,
+        "covered": lambda methods: sum(m.implemented for m in methods),
+    }
+    return environment
+
+
+def _facet(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
+    return {True: "yes", False: "no", None: "–"}.get(value, str(value)) if isinstance(value, bool | None) else str(value)
+
+
+def _link(page: str, target: str) -> str:
+    """Target as a Markdown link from a page: a relative path to a source file, which the builders check."""
+    path, hash_sign, anchor = target.partition("#")
+    return posixpath.relpath(path, posixpath.dirname(page) or ".") + hash_sign + anchor
+
+
+def _href(page: str, target: str) -> str:
+    """Target as it will be called in the built site, for raw HTML, which the builders leave alone."""
+    return re.sub(r"\.md(?=#|$)", ".html", _link(page, target))
+
+
+def _test_path(method: Method) -> str:
+    folder, _, name = method.path.rpartition("/")
+    return f"{folder}/test_{name}.py"
+
+
+def _yaml_nav(title: str, entries: Sequence[str]) -> str:
+    lines = [f"title: {json.dumps(title, ensure_ascii=False)}", "nav:"]
+    return "\n".join([*lines, *(f"- {entry}" for entry in entries)]) + "\n"
+
+
+def _table(document: Mapping[str, Any], methods: set[str]) -> dict[str, Any]:
+    """An arena's rows as cells of text, the baseline first."""
+    rows = []
+    for (name, settings), group in group_rows(document["rows"]).items():
+        if name != document["baseline"] and name not in methods:
+            continue
+        errors = [row["error"] for row in group if row.get("error")]
+        cells = [errors[0]] if errors else [mean_text(group, metric["name"]) for metric in document["metrics"]]
+        rows.append({"method": name, "settings": settings, "cells": cells, "simulated": group[0].get("simulated", False)})
+    return {"document": document, "rows": rows}
+
+
+def _figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Plotly data: each metric against the others' natural partner, the first metric, one trace a method."""
+    first, *others = document["metrics"]
+    figures = []
+    for metric in others:
+        traces: dict[str, dict[str, Any]] = {}
+        for (name, settings), group in group_rows(document["rows"]).items():
+            if any(row.get("error") for row in group):
+                continue
+            trace = traces.setdefault(name, {"name": name, "mode": "markers", "type": "scatter", "x": [], "y": [], "text": []})
+            trace["x"].append(_mean(group, metric["name"]))
+            trace["y"].append(_mean(group, first["name"]))
+            trace["text"].append(settings or name)
+        figures.append(
+            {
+                "data": list(traces.values()),
+                "x": f"{metric['name'].replace('_', ' ')} ({metric['unit']})",
+                "y": f"{first['name'].replace('_', ' ')} ({first['unit']})",
+            }
+        )
+    return figures
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
+    values = [row["figures"][metric] for row in rows]
+    return float(sum(values) / len(values))
+
+
+def _csv(document: Mapping[str, Any]) -> str:
+    names = [metric["name"] for metric in document["metrics"]]
+    text = io.StringIO()
+    write = csv.writer(text, lineterminator="\n")
+    write.writerow(["method", "settings", "seed", *names, "error"])
+    for row in document["rows"]:
+        figures = [row["figures"].get(name) for name in names]
+        write.writerow([row["method"], json.dumps(row["settings"]), row["seed"], *figures, row.get("error")])
+    return text.getvalue()
+
+
+def _papers_csv(papers: Any) -> str:
+    return _records_csv([{k: " ".join(v) if isinstance(v, list) and all(isinstance(i, str) for i in v) else v
+                          for k, v in msgspec.to_builtins(p).items() if k not in ("corrections", "evidence")} for p in papers])
+
+
+def _records_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for record in records for name in record))
+    write = csv.DictWriter(text, names, lineterminator="\n")
+    write.writeheader()
+    write.writerows(records)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    main()
+
+
