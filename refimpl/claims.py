@@ -42,7 +42,9 @@ def find(method: str, claim: str) -> Claim:
 
 def judge(method: str, claim: str, value: float) -> Measured:
     """Hold a measured value against the claim's expectation."""
-    return Measured(method=method, claim=claim, value=float(value), holds=find(method, claim).expect.met_by(float(value)))
+    return Measured(
+        method=method, claim=claim, value=float(value), holds=find(method, claim).expect.met_by(float(value))
+    )
 
 
 def measure(methods: Sequence[str], tests: Path) -> tuple[list[Measured], int, str]:
@@ -56,7 +58,18 @@ def measure(methods: Sequence[str], tests: Path) -> tuple[list[Measured], int, s
     files = [str(path) for m in chosen if (path := test_file(m, tests)).exists()]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "claims.json"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "claims", "-p", "no:cacheprovider", "--claims-to", str(report)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "claims",
+            "-p",
+            "no:cacheprovider",
+            "--claims-to",
+            str(report),
+        ]
         done = subprocess.run([*command, *files], cwd=tests.parent, capture_output=True, text=True, check=False)
         rows = json.loads(report.read_text()) if report.exists() else []
     return [msgspec.convert(row, Measured) for row in rows], done.returncode, done.stdout + done.stderr

@@ -143,12 +143,16 @@ def search(
     tag: Annotated[str | None, typer.Option(help="Only with this tag.")] = None,
     year: Annotated[int | None, typer.Option(help="Only from this year.")] = None,
     venue: Annotated[str | None, typer.Option(help="Only from this venue.")] = None,
-    relation: Annotated[str | None, typer.Option(help="Only with such an edge: `builds_on` or `builds_on:gptq`.")] = None,
-    facet: Annotated[list[str] | None, typer.Option("--facet", "-f", help="`training=none`, `calibration=no`, …")] = None,
+    relation: Annotated[
+        str | None, typer.Option(help="Only with such an edge: `builds_on` or `builds_on:gptq`.")
+    ] = None,
+    facet: Annotated[
+        list[str] | None, typer.Option("--facet", "-f", help="`training=none`, `calibration=no`, …")
+    ] = None,
     implemented: Annotated[bool, typer.Option("--implemented", help="Only what runs.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Methods by words, tags and facets: *which method fits?*"""
+    """Methods by words, tags and facets: which one fits?"""
     from refimpl.views import methods_view
 
     loaded = taxonomy.load()
@@ -189,7 +193,9 @@ def _nothing_found(loaded: Taxonomy, text: list[str], tag: str | None) -> None:
 
 @app.command()
 def papers(
-    text: Annotated[list[str] | None, typer.Argument(help="Words that must all occur in key, title, name or authors.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Words that must all occur in key, title, name or authors.")
+    ] = None,
     category: Category = None,
     year: Annotated[int | None, typer.Option(help="Only from this year.")] = None,
     venue: Annotated[str | None, typer.Option(help="Only from this venue.")] = None,
@@ -219,7 +225,9 @@ def papers(
     elif as_csv:
         write = csv.writer(sys.stdout, lineterminator="\n")
         write.writerow(["key", "title", "year", "venue", "arxiv", "url", "code", "categories"])
-        write.writerows([p.key, p.title, p.year, p.venue, p.arxiv, p.url, p.code, " ".join(p.categories)] for p in found)
+        write.writerows(
+            [p.key, p.title, p.year, p.venue, p.arxiv, p.url, p.code, " ".join(p.categories)] for p in found
+        )
     elif as_json:
         _json(msgspec.to_builtins(found))
     elif found:
@@ -238,8 +246,12 @@ def graph(
     relation: Annotated[list[str] | None, typer.Option(help="Only edges of this kind; may be repeated.")] = None,
     papers: Annotated[bool, typer.Option("--papers", help="With papers.")] = False,
     layout: Annotated[str, typer.Option(help="`layered` by year, `radial` by tree, or `auto`.")] = "auto",
-    format: Annotated[str | None, typer.Option("--format", help="`svg`, `dot`, `mermaid`, `graphml` or `json`.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; its suffix gives the format.")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="`svg`, `dot`, `mermaid`, `graphml` or `json`.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; its suffix gives the format.")
+    ] = None,
 ) -> None:
     """The graph of methods, drawn or exported."""
     from taxonomy import graph as graphs
@@ -265,7 +277,9 @@ def graph(
 
 @app.command()
 def check(
-    path: Annotated[Path | None, typer.Argument(help="Folder of YAML files; the installed taxonomy if left out.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="Folder of YAML files; the installed taxonomy if left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Validate every file of the taxonomy; all problems in one run, each with its place."""
@@ -292,7 +306,9 @@ def check(
 @app.command()
 def claims(
     methods: Annotated[list[str] | None, typer.Argument(help="Methods; all if left out.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Run the tests that measure them (in a checkout).")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the tests that measure them (in a checkout).")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where measured claims are stored.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -304,7 +320,7 @@ def claims(
     chosen = [_method(loaded, name) for name in methods or []] or [m for m in loaded.methods.values() if m.claims]
     code = 0
     if measure:
-        code = _measure_claims(loaded, chosen, output or results.fresh_folder() / "claims.json")
+        code = _measure_claims(chosen, output or results.fresh_folder() / "claims.json")
     measured = results.claims()
     if as_json:
         rows = [(m, c, measured.get((m.id, c.id), {})) for m in chosen for c in m.claims]
@@ -315,11 +331,11 @@ def claims(
             ]
         )
     else:
-        out.print(claims_view(loaded, measured, chosen))
+        out.print(claims_view(measured, chosen))
     raise typer.Exit(code)
 
 
-def _measure_claims(loaded: Taxonomy, chosen: list[Method], path: Path) -> int:
+def _measure_claims(chosen: list[Method], path: Path) -> int:
     from rich.progress import track
 
     from refimpl import claims as ledger

@@ -42,13 +42,22 @@ def method_view(tree: Taxonomy, method: Method) -> RenderableType:
     """A method's page for the terminal."""
     head = Text.assemble((method.name, "bold"), f"  {method.id}  ", (f"{method.year}  {method.category}", "dim"))
     state = f"runs: {method.module}.{method.impl}" if method.implemented else "described, no code yet"
-    parts: list[RenderableType] = [head, Text(method.summary, style="italic"), Text(state, style="green" if method.implemented else "yellow"), ""]
+    parts: list[RenderableType] = [
+        head,
+        Text(method.summary, style="italic"),
+        Text(state, style="green" if method.implemented else "yellow"),
+        "",
+    ]
     parts += [Markdown(method.idea), "", Text("When to use it", style="bold"), Markdown(method.when), ""]
     parts += [_facet_table(method.facets)]
     edges = [(kind.replace("_", " "), target) for kind, target in method.relations.items()]
     edges += [(f"← {kind.replace('_', ' ')}", m.id) for kind, m in tree.related_to(method.id)]
     if edges:
-        parts += ["", Text("Relations", style="bold"), *(Text.assemble(f"  {kind}  ", (name, "cyan")) for kind, name in edges)]
+        parts += [
+            "",
+            Text("Relations", style="bold"),
+            *(Text.assemble(f"  {kind}  ", (name, "cyan")) for kind, name in edges),
+        ]
     if method.claims:
         parts += ["", Text("Claims", style="bold")]
         parts += [Text(f"  {c.id}: {c.says} Expected: {c.expect} ({c.source.where})") for c in method.claims]
@@ -94,7 +103,7 @@ def papers_view(papers: Sequence[Paper]) -> Table:
     return table
 
 
-def claims_view(tree: Taxonomy, measured: dict[tuple[str, str], dict[str, Any]], methods: Sequence[Method]) -> Table:
+def claims_view(measured: dict[tuple[str, str], dict[str, Any]], methods: Sequence[Method]) -> Table:
     """Claims beside what was measured."""
     table = Table(box=None, pad_edge=False)
     for name, style in (("claim", "cyan"), ("says", ""), ("expected", "dim"), ("measured", ""), ("", "")):
@@ -147,5 +156,3 @@ def number(value: float) -> str:
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-
-

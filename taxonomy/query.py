@@ -98,7 +98,12 @@ class Taxonomy:
 
     def _score(self, method: Method, word: str) -> int:
         titles = " ".join(self.papers[key].title for key in method.papers)
-        fields = (f"{method.id} {method.name}", " ".join(method.tags), f"{method.summary} {titles}", f"{method.idea} {method.when}")
+        fields = (
+            f"{method.id} {method.name}",
+            " ".join(method.tags),
+            f"{method.summary} {titles}",
+            f"{method.idea} {method.when}",
+        )
         return max((4 - i for i, value in enumerate(fields) if word in value.casefold()), default=0)
 
     def children(self, category: str | None) -> list[Category]:
@@ -131,7 +136,9 @@ class Taxonomy:
         for p in self.papers.values():
             graph.add_node(f"paper:{p.key}", kind="paper", name=p.name or p.title, year=p.year)
         for m in self.methods.values():
-            graph.add_node(m.id, kind="method", name=m.name, year=m.year, category=m.category, implemented=m.implemented)
+            graph.add_node(
+                m.id, kind="method", name=m.name, year=m.year, category=m.category, implemented=m.implemented
+            )
         for c in self.categories.values():
             if c.parent:
                 graph.add_edge(f"category:{c.id}", f"category:{c.parent}", relation="in")
@@ -204,7 +211,9 @@ class Taxonomy:
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
-    return f"unknown {kind} {name!r}" + (near(name, known) or (f"; known: {', '.join(known)}" if len(known) < 12 else ""))
+    return f"unknown {kind} {name!r}" + (
+        near(name, known) or (f"; known: {', '.join(known)}" if len(known) < 12 else "")
+    )
 
 
 def _has_facet(facets: Facets, name: str, value: object) -> bool:
@@ -212,7 +221,9 @@ def _has_facet(facets: Facets, name: str, value: object) -> bool:
     return value in have if isinstance(have, list) else have == value
 
 
-SPECIAL = str.maketrans({c: f"\\{c}" for c in "&%$#_"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"})
+SPECIAL = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+)
 
 
 def _bibtex(paper: Paper) -> str:

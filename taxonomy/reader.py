@@ -7,7 +7,7 @@ it check values against the schema, then the entries against each other. Nothing
 import ast
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -298,20 +298,21 @@ def _file(reading: Reading, relative: Path, document: Document) -> None:
             document.report((), f"no file {stem}.yaml is known here; methods stand in a category's folder")
     elif stem == "_category":
         if _checked(document, document.value, CategoryFile, ()):
-            entry = msgspec.convert(document.value, CategoryFile)
-            _add(reading, "categories", folder, Category(id=folder, **_fields(entry)), document, ())
+            category = Category(id=folder, **_fields(msgspec.convert(document.value, CategoryFile)))
+            _add(reading, "categories", folder, category, document, ())
     elif not stem.replace("_", "").isalnum() or not stem.isascii() or stem.lower() != stem:
-        document.report((), f"file name {relative.name!r} must be lower-case letters, digits and _, as in mse_clip.yaml")
+        document.report(
+            (), f"file name {relative.name!r} must be lower-case letters, digits and _, as in mse_clip.yaml"
+        )
     elif folder == FRAMEWORKS:
         if _checked(document, document.value, FrameworkFile, ()):
             name = stem.replace("_", "-")
-            entry = msgspec.convert(document.value, FrameworkFile)
-            _add(reading, "frameworks", name, Framework(id=name, category=folder, **_fields(entry)), document, ())
+            fields = _fields(msgspec.convert(document.value, FrameworkFile))
+            _add(reading, "frameworks", name, Framework(id=name, category=folder, **fields), document, ())
     elif _checked(document, document.value, MethodFile, ()):
         name = stem.replace("_", "-")
-        entry = msgspec.convert(document.value, MethodFile)
-        method = Method(id=name, category=folder, year=0, **_fields(entry))
-        _add(reading, "methods", name, method, document, ())
+        fields = _fields(msgspec.convert(document.value, MethodFile))
+        _add(reading, "methods", name, Method(id=name, category=folder, year=0, **fields), document, ())
 
 
 def _papers(reading: Reading, stem: str, document: Document) -> None:
@@ -365,9 +366,7 @@ def _cross_check(reading: Reading) -> None:
         _refer(document, ("ships",), framework.ships, reading.named["methods"], "method", "effllm tree")
 
 
-def _refer(
-    document: Document, where: Where, names: list[str], known: set[str], kind: str, listed: str
-) -> None:
+def _refer(document: Document, where: Where, names: list[str], known: set[str], kind: str, listed: str) -> None:
     for i, name in enumerate(names):
         if name not in known:
             document.report((*where, i), f"unknown {kind} {name!r}{near(name, known) or '; known: see ' + listed}")
@@ -394,16 +393,22 @@ def _check_papers(reading: Reading) -> None:
     ids: dict[str, str] = {}
     for key, paper in reading.papers.items():
         document, where = reading.origin["papers", key]
-        _refer(document, (*where, "categories"), paper.categories, reading.named["categories"], "category", "effllm tree")
+        _refer(
+            document, (*where, "categories"), paper.categories, reading.named["categories"], "category", "effllm tree"
+        )
         for i, heading in enumerate(paper.listed):
             if reading.survey and heading not in reading.survey:
                 document.report((*where, "listed", i), f"unknown heading {heading!r}{near(heading, reading.survey)}")
         if paper.arxiv:
             if paper.arxiv in ids:
-                document.report((*where, "arxiv"), f"arXiv {paper.arxiv} is {ids[paper.arxiv]!r} already; an id is used once")
+                document.report(
+                    (*where, "arxiv"), f"arXiv {paper.arxiv} is {ids[paper.arxiv]!r} already; an id is used once"
+                )
             ids.setdefault(paper.arxiv, key)
             if not 1 <= int(paper.arxiv[2:4]) <= 12:
-                document.report((*where, "arxiv"), f"arXiv {paper.arxiv} has no month {paper.arxiv[2:4]}; it reads YYMM.number")
+                document.report(
+                    (*where, "arxiv"), f"arXiv {paper.arxiv} has no month {paper.arxiv[2:4]}; it reads YYMM.number"
+                )
 
 
 def _check_relations(reading: Reading, method: Method, document: Document) -> None:
@@ -428,7 +433,14 @@ def _check_claims(reading: Reading, method: Method, document: Document) -> None:
         if claim.id in seen:
             document.report(("claims", i, "id"), f"claim {claim.id!r} stands here twice; keep one")
         seen.add(claim.id)
-        _refer(document, ("claims", i, "source", "paper"), [claim.source.paper], reading.named["papers"], "paper", "papers/")
+        _refer(
+            document,
+            ("claims", i, "source", "paper"),
+            [claim.source.paper],
+            reading.named["papers"],
+            "paper",
+            "papers/",
+        )
         if claim.expect.above is None and claim.expect.below is None and claim.expect.equals is None:
             document.report(("claims", i, "expect"), "expects nothing; give above, below or equals")
         if not claim.holds and not claim.why:

@@ -220,7 +220,9 @@ class PaperEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     code: Url | None = None
     listed: Annotated[list[str], Meta(description="Headings under which the survey's online list has it.")] = []
     aka: list[Line] = []
-    evidence: Annotated[str | None, Meta(description="How id and title were checked, for a paper not in the list.")] = None
+    evidence: Annotated[str | None, Meta(description="How id and title were checked, for a paper not in the list.")] = (
+        None
+    )
     corrections: list[Correction] = []
 
 

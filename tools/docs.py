@@ -66,6 +66,7 @@ class Site:
         self.measured = {(r["method"], r["claim"]): r for r in self.documents.get("claims", {}).get("claims", [])}
         self.templates = _templates(self)
         self._copy_hand_written()
+        self._tree()
         for category in self.tree.categories.values():
             self._category(category)
         for method in self.tree.methods.values():
@@ -123,7 +124,14 @@ class Site:
             if path.is_file() and not name.startswith("results/") and path.suffix != ".j2":
                 self.put(name, path.read_bytes())
         self.page("index.md", "home.md.j2", picture=self._picture("index.md", graphs.select(self.tree), "radial"))
-        self.put(".nav.yml", "nav:\n- index.md\n- Survey: survey\n- graph.md\n- papers.md\n- Results: results\n- Guide: guide\n")
+        self.put(
+            ".nav.yml",
+            "nav:\n- Home: index.md\n- survey\n- graph.md\n- papers.md\n- results\n- guide\n",
+        )
+
+    def _tree(self) -> None:
+        self.page("survey/index.md", "tree.md.j2")
+        self.put("survey/.nav.yml", _yaml_nav("Survey", ["index.md", *(c.id for c in self.tree.children(None))]))
 
     def _category(self, category: Category) -> None:
         path = page_of(category)
@@ -169,20 +177,36 @@ class Site:
 
     def _graph(self) -> None:
         whole = graphs.select(self.tree, papers=False)
-        self.page("graph.md", "graph.md.j2", picture=self._picture("graph.md", whole, "radial"), relations=graphs.RELATIONS)
+        self.page(
+            "graph.md", "graph.md.j2", picture=self._picture("graph.md", whole, "radial"), relations=graphs.RELATIONS
+        )
 
     def _results(self) -> None:
         claims = [(m, c) for m in self.tree.find() for c in m.claims]
-        self.page("results/claims.md", "claims.md.j2", claims=claims, stamp=self.documents.get("claims", {}).get("environment"))
+        self.page(
+            "results/claims.md",
+            "claims.md.j2",
+            claims=claims,
+            stamp=self.documents.get("claims", {}).get("environment"),
+        )
         arenas = {name: d for name, d in self.documents.items() if "arena" in d}
         for name, document in arenas.items():
             methods = {row["method"] for row in document["rows"]}
             table = _table(document, methods)
-            self.page(f"results/{name}.md", "arena.md.j2", document=document, table=table, name=name, figures=_figures(document))
+            self.page(
+                f"results/{name}.md",
+                "arena.md.j2",
+                document=document,
+                table=table,
+                name=name,
+                figures=_figures(document),
+            )
             self.put(f"results/{name}.json", json.dumps(document, indent=1) + "\n")
             self.put(f"results/{name}.csv", _csv(document))
         self.page("results/index.md", "results.md.j2", arenas=arenas, claims=claims)
-        self.put("results/.nav.yml", _yaml_nav("Results", ["index.md", "claims.md", *(f"{name}.md" for name in arenas)]))
+        self.put(
+            "results/.nav.yml", _yaml_nav("Results", ["index.md", "claims.md", *(f"{name}.md" for name in arenas)])
+        )
         if arenas:
             source = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
             self.put("assets/plotly.min.js", source.read_bytes())
@@ -197,7 +221,7 @@ class Site:
             self.put(f"data/schema/{name}.json", json.dumps(schema, indent=1) + "\n")
 
     def _picture(self, page: str, graph: Any, layout: str) -> Markup:
-        def link(node: str, data: Mapping[str, Any]) -> str | None:
+        def link(node: str) -> str:
             kind, _, key = node.rpartition(":")
             if kind == "category":
                 return _href(page, page_of(self.tree.categories[key]))
@@ -270,7 +294,9 @@ def _templates(site: Site) -> jinja2.Environment:
 def _facet(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value)
-    return {True: "yes", False: "no", None: "–"}.get(value, str(value)) if isinstance(value, bool | None) else str(value)
+    return (
+        {True: "yes", False: "no", None: "–"}.get(value, str(value)) if isinstance(value, bool | None) else str(value)
+    )
 
 
 def _link(page: str, target: str) -> str:
@@ -302,7 +328,9 @@ def _table(document: Mapping[str, Any], methods: set[str]) -> dict[str, Any]:
             continue
         errors = [row["error"] for row in group if row.get("error")]
         cells = [errors[0]] if errors else [mean_text(group, metric["name"]) for metric in document["metrics"]]
-        rows.append({"method": name, "settings": settings, "cells": cells, "simulated": group[0].get("simulated", False)})
+        rows.append(
+            {"method": name, "settings": settings, "cells": cells, "simulated": group[0].get("simulated", False)}
+        )
     return {"document": document, "rows": rows}
 
 
@@ -315,7 +343,9 @@ def _figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         for (name, settings), group in group_rows(document["rows"]).items():
             if any(row.get("error") for row in group):
                 continue
-            trace = traces.setdefault(name, {"name": name, "mode": "markers", "type": "scatter", "x": [], "y": [], "text": []})
+            trace = traces.setdefault(
+                name, {"name": name, "mode": "markers", "type": "scatter", "x": [], "y": [], "text": []}
+            )
             trace["x"].append(_mean(group, metric["name"]))
             trace["y"].append(_mean(group, first["name"]))
             trace["text"].append(settings or name)
@@ -346,8 +376,16 @@ def _csv(document: Mapping[str, Any]) -> str:
 
 
 def _papers_csv(papers: Any) -> str:
-    return _records_csv([{k: " ".join(v) if isinstance(v, list) and all(isinstance(i, str) for i in v) else v
-                          for k, v in msgspec.to_builtins(p).items() if k not in ("corrections", "evidence")} for p in papers])
+    return _records_csv(
+        [
+            {
+                k: " ".join(v) if isinstance(v, list) and all(isinstance(i, str) for i in v) else v
+                for k, v in msgspec.to_builtins(p).items()
+                if k not in ("corrections", "evidence")
+            }
+            for p in papers
+        ]
+    )
 
 
 def _records_csv(records: Sequence[Mapping[str, Any]]) -> str:
@@ -361,5 +399,3 @@ def _records_csv(records: Sequence[Mapping[str, Any]]) -> str:
 
 if __name__ == "__main__":
     main()
-
-

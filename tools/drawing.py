@@ -1,22 +1,24 @@
 """A scene as SVG: shapes with classes, colours as CSS variables, light and dark, nothing loaded and no script.
 
-The site restyles a drawing by setting the variables (`--graph-ink` and so on) on `.effllm-graph`; they are declared with
-`:where`, which any rule of the page outweighs. Elements carry no ids, so several drawings can stand in one page.
+A drawing that is a document of its own follows the reader's preference; one inside a page follows the page: light, unless
+the site's dark scheme is on. Any page restyles it by setting the variables (`--graph-ink` and so on) on `.effllm-graph`:
+they are declared with `:where`, which every other rule outweighs. Elements carry no ids, so several drawings can stand in
+one page.
 """
 
 import math
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from tools.layout import SYMMETRIC, Decor, Label, Link, Mark, Scene, is_covered, number, text_width
+from tools.layout import SYMMETRIC, Decor, Label, Link, Mark, Scene, is_covered, line, number, text_width
 
 if TYPE_CHECKING:
     from tools.layout import Graph
 
+ARROW = 7.0
+SITE_DARK = '[data-md-color-scheme="slate"] .effllm-graph'
 NAMESPACE = "http://www.w3.org/2000/svg"
-NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 RELATION_TEXT = {
     "builds_on": "builds on",
@@ -78,8 +80,7 @@ RULES = """
 .effllm-graph .kind-category rect.shape{fill:var(--graph-tint)}
 .effllm-graph .kind-paper .shape{stroke:var(--graph-described_by)}
 .effllm-graph .kind-paper.covered .shape{fill:var(--graph-described_by)}
-.effllm-graph .edge{stroke-width:1.3}
-.effllm-graph .head{stroke:none}
+.effllm-graph .edge{fill:none;stroke-width:1.3}
 .effllm-graph .rel-in,.effllm-graph .branch{stroke:var(--graph-faint);stroke-width:1}
 .effllm-graph .family,.effllm-graph .rule{stroke:var(--graph-faint)}
 .effllm-graph path.family{stroke-width:4}
@@ -89,6 +90,8 @@ RULES = """
 .effllm-graph .band{fill:var(--graph-tint);stroke:none}
 .effllm-graph .rel-alternative_to{stroke-dasharray:4 3}
 .effllm-graph.radial .edge:not(.rel-in){stroke-opacity:.65}
+.effllm-graph .focus .shape{stroke:var(--graph-ink);stroke-width:2.5}
+.effllm-graph .focus text{font-weight:700}
 .effllm-graph .node:hover .shape{stroke:var(--graph-ink);stroke-width:2}
 """.strip()
 
@@ -138,19 +141,20 @@ def svg(graph: "Graph", scene: Scene, link: Linker | None = None, title: str = "
 def stylesheet() -> str:
     """The drawing's CSS: variables for light and dark, then the rules that use them."""
     light, dark = ("".join(f"--graph-{name}:{value};" for name, value in colours.items()) for colours in (LIGHT, DARK))
-    relations = "\n".join(
-        f".effllm-graph .rel-{name}{{stroke:var(--graph-{name})}}.effllm-graph .head.rel-{name}{{fill:var(--graph-{name})}}"
-        for name in RELATION_TEXT
-    )
+    relations = "\n".join(f".effllm-graph .rel-{name}{{stroke:var(--graph-{name})}}" for name in RELATION_TEXT)
     return (
-        f"\n:where(.effllm-graph){{{light}}}\n@media (prefers-color-scheme:dark){{:where(.effllm-graph){{{dark}}}}}\n"
-        f"{RULES}\n{relations}\n"
+        f"\n:where(.effllm-graph){{{light}}}\n:where({SITE_DARK}){{{dark}}}\n"
+        f"@media (prefers-color-scheme:dark){{:where(:root.effllm-graph){{{dark}}}}}\n{RULES}\n{relations}\n"
     )
 
 
 def _title(graph: "Graph") -> str:
     kinds = [data["kind"] for _, data in graph.nodes(data=True)]
-    counts = [(kinds.count("method"), "methods"), (kinds.count("category"), "categories"), (kinds.count("paper"), "papers")]
+    counts = [
+        (kinds.count("method"), "methods"),
+        (kinds.count("category"), "categories"),
+        (kinds.count("paper"), "papers"),
+    ]
     return "Graph of " + ", ".join(f"{count} {name}" for count, name in counts if count)
 
 
@@ -162,20 +166,25 @@ def _decor(parent: ElementTree.Element, decor: Decor) -> None:
 
 
 def _edge(parent: ElementTree.Element, edge: Link, graph: "Graph") -> None:
-    data = {"data-from": edge.source, "data-to": edge.target, "data-relation": edge.relation}
-    path = _add(parent, "path", {"class": f"edge rel-{edge.relation}", "d": edge.path, **data})
+    path = _add(
+        parent,
+        "path",
+        {
+            "class": f"edge rel-{edge.relation}",
+            "d": edge.path + (arrow(*edge.head) if edge.head else ""),
+            "data-from": edge.source,
+            "data-to": edge.target,
+            "data-relation": edge.relation,
+        },
+    )
     names = graph.nodes[edge.source]["name"], graph.nodes[edge.target]["name"]
     _add(path, "title", text=f"{names[0]} {RELATION_TEXT.get(edge.relation, edge.relation)} {names[1]}")
-    if edge.head:
-        _head(parent, edge.head, f"head rel-{edge.relation}", data)
 
 
-def _head(parent: ElementTree.Element, tip: tuple[float, float, float], style: str, data: dict[str, str]) -> None:
-    """An arrowhead as a path of its own: a shared marker would need an id, and pages hold several drawings."""
-    x, y, angle = tip
-    back = [(x - 7 * math.cos(angle + turn), y - 7 * math.sin(angle + turn)) for turn in (0.45, -0.45)]
-    corners = "L".join(f"{number(px)},{number(py)}" for px, py in [(x, y), *back])
-    _add(parent, "path", {"class": style, "d": f"M{corners}Z", **data})
+def arrow(x: float, y: float, angle: float) -> str:
+    """Path data of an arrowhead, part of its edge: a shared marker would need an id, and pages hold several drawings."""
+    wings = [(x - ARROW * math.cos(angle + turn), y - ARROW * math.sin(angle + turn)) for turn in (0.42, -0.42)]
+    return line([wings[0], (x, y), wings[1]])
 
 
 def _node(parent: ElementTree.Element, mark: Mark, graph: "Graph", link: Linker | None) -> None:
@@ -184,8 +193,10 @@ def _node(parent: ElementTree.Element, mark: Mark, graph: "Graph", link: Linker 
     if address:
         parent = _add(parent, "a", {"href": address})
     attributes = {
-        "class": f"node kind-{data['kind']} {'covered' if is_covered(data) else 'uncovered'}",
+        "class": f"node kind-{data['kind']} {'covered' if is_covered(data) else 'uncovered'}"
+        + " focus" * (graph.graph.get("focus") == mark.node),
         "data-id": mark.node,
+        "data-kind": data["kind"],
         "data-category": str(data.get("category", "")),
         "data-year": str(data.get("year", "")),
         "data-name": data["name"],
@@ -197,7 +208,11 @@ def _node(parent: ElementTree.Element, mark: Mark, graph: "Graph", link: Linker 
         shape = dict(zip(("x", "y", "width", "height"), map(number, box), strict=True))
         _add(group, "rect", {"class": "shape", "rx": "4", **shape})
     else:
-        _add(group, "circle", {"class": "shape", "cx": number(mark.x), "cy": number(mark.y), "r": number(mark.height / 2)})
+        _add(
+            group,
+            "circle",
+            {"class": "shape", "cx": number(mark.x), "cy": number(mark.y), "r": number(mark.height / 2)},
+        )
     for label in mark.labels:
         _text(group, label)
 
@@ -213,24 +228,34 @@ def _tooltip(data: dict[str, object]) -> str:
 def _legend(graph: "Graph", scene: Scene) -> tuple[ElementTree.Element, float]:
     """What shapes and colours mean, of those that occur, in rows under the picture; also its height."""
     left, top, width, height = scene.box
-    size = min(max(12.0, width / 100), 20.0)
+    size = min(max(11.0, width / 110), 18.0)
     group = ElementTree.Element("g", {"class": "legend"})
-    x, y = left + size, top + height + size
-    for kind, sample, text in _entries(graph, scene):
-        room = 2.6 * size + text_width(text, size) + 1.6 * size
-        if x > left + size and x + room > left + width:
-            x, y = left + size, y + 1.8 * size
-        if kind == "edge":
-            shape = {"class": f"edge {sample}", "d": f"M{number(x)},{number(y)}h{number(1.9 * size)}", "stroke": "#888"}
-            _add(group, "path", shape)
-            if sample.removeprefix("rel-") not in SYMMETRIC:
-                _head(group, (x + 2.1 * size, y, 0.0), f"head {sample}", {})
-        else:
-            dot = _add(group, "g", {"class": sample})
-            _add(dot, "circle", {"class": "shape", "cx": number(x + 1.4 * size), "cy": number(y), "r": number(size * 0.4)})
-        _text(group, Label(text, x + 2.6 * size, y, size))
-        x += room
-    return group, y - top - height + size
+    entries = [(*entry, 4.2 * size + text_width(entry[2], size)) for entry in _entries(graph, scene)]
+    y = top + height + size
+    while entries:
+        fits = 1
+        while fits < len(entries) and sum(entry[3] for entry in entries[: fits + 1]) < width:
+            fits += 1
+        row, entries = entries[:fits], entries[fits:]
+        x = left + (width - sum(entry[3] for entry in row)) / 2 + size
+        for kind, sample, text, room in row:
+            _sample(group, kind, sample, (x, y), size)
+            _text(group, Label(text, x + 2.6 * size, y, size))
+            x += room
+        y += 1.8 * size
+    return group, y - top - height
+
+
+def _sample(group: ElementTree.Element, kind: str, sample: str, start: tuple[float, float], size: float) -> None:
+    x, y = start
+    if kind == "node":
+        dot = _add(group, "g", {"class": sample})
+        _add(dot, "circle", {"class": "shape", "cx": number(x + 1.4 * size), "cy": number(y), "r": number(size * 0.4)})
+        return
+    end = x + 2 * size
+    head = "" if sample.removeprefix("rel-") in SYMMETRIC else arrow(end, y, 0.0)
+    shape = {"class": f"edge {sample}", "d": line([(x, y), (end, y)]) + head}
+    _add(group, "path", shape, fallback={"fill": "none", "stroke": "#888"})
 
 
 def _entries(graph: "Graph", scene: Scene) -> list[tuple[str, str, str]]:
@@ -241,7 +266,11 @@ def _entries(graph: "Graph", scene: Scene) -> list[tuple[str, str, str]]:
         ("node", f"kind-{kind} {'covered' if covered else 'uncovered'}", f"{text} ({nodes.count((kind, covered))})")
         for (kind, covered), text in NODE_TEXT.items()
         if (kind, covered) in nodes
-    ] + [("edge", f"rel-{name}", f"{text} ({edges.count(name)})") for name, text in RELATION_TEXT.items() if name in edges]
+    ] + [
+        ("edge", f"rel-{name}", f"{text} ({edges.count(name)})")
+        for name, text in RELATION_TEXT.items()
+        if name in edges
+    ]
 
 
 def _text(parent: ElementTree.Element, label: Label) -> None:
@@ -263,8 +292,6 @@ def _add(
     fallback: dict[str, str] | None = None,
 ) -> ElementTree.Element:
     """Append an element; `fallback` are presentation attributes for viewers that know no CSS variables."""
-    clean = {name: NOT_XML.sub(" ", value) for name, value in {**(fallback or {}), **(attributes or {})}.items()}
-    element = ElementTree.SubElement(parent, tag, clean)
-    if text is not None:
-        element.text = NOT_XML.sub(" ", text)
+    element = ElementTree.SubElement(parent, tag, {**(fallback or {}), **(attributes or {})})
+    element.text = text
     return element

@@ -6,11 +6,9 @@ crossings, and least squares draws what is joined to one height. Edges of one ki
 """
 
 import math
-from bisect import bisect_right, insort
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tools.layout import (
@@ -26,10 +24,10 @@ from tools.layout import (
     homes,
     line,
     number,
-    spaced,
     text_width,
     wrap,
 )
+from tools.ordering import Cell, order, settle
 
 if TYPE_CHECKING:
     from tools.layout import Graph
@@ -39,27 +37,8 @@ BOX, PAPER_BOX, WAY = 22.0, 18.0, 7.0
 SPACE = 10.0
 GAP = 84.0
 CATEGORY = 132.0
-LONGEST, LONGEST_PAPER = 190.0, 160.0
-SWEEPS = 12
+LONGEST, LONGEST_PAPER = 220.0, 170.0
 HEAD = 7.0
-
-
-@dataclass(eq=False)
-class Cell:
-    """A box, or the place of edges that pass a column: `key` is a node, or (target, relation) for a way."""
-
-    key: str | tuple[str, str]
-    column: int
-    lane: int
-    rank: int
-    height: float
-    width: float = 0.0
-    text: str = ""
-    y: float = 0.0
-    place: float = 0.0
-    left: dict["Cell", None] = field(default_factory=dict)
-    right: dict["Cell", None] = field(default_factory=dict)
-    beside: dict["Cell", None] = field(default_factory=dict)
 
 
 def layered(graph: "Graph") -> Scene:
@@ -87,9 +66,9 @@ class _Timeline:
             for source, target, data in graph.edges(data=True)
             if data["relation"] not in TREE_RELATIONS or data["relation"] == "described_by"
         ]
-        _order(self.columns)
+        order(self.columns)
         self.tops = self._heights()
-        _settle(self.columns, self.tops)
+        settle(self.columns, self.tops)
         self.lefts, self.widths = self._widths()
 
     def _lanes(self, entries: list[str]) -> dict[str, int]:
@@ -102,7 +81,9 @@ class _Timeline:
 
     def _box(self, node: str, rank: int) -> Cell:
         data = self.graph.nodes[node]
-        size, longest, height = (PAPER_TEXT, LONGEST_PAPER, PAPER_BOX) if data["kind"] == "paper" else (TEXT, LONGEST, BOX)
+        size, longest, height = (
+            (PAPER_TEXT, LONGEST_PAPER, PAPER_BOX) if data["kind"] == "paper" else (TEXT, LONGEST, BOX)
+        )
         text = elide(data["name"], size, longest)
         column = self.column[data.get("year", 0)]
         lane = self.lanes[self.homes[node]] if self.categories else 0
@@ -122,7 +103,7 @@ class _Timeline:
                 self.columns[column].append(way)
             route.append(way)
         route.append(end)
-        for one, other in zip(route, route[1:], strict=False):
+        for one, other in pairwise(route):
             if one.column == other.column:
                 one.beside[other] = other.beside[one] = None
             else:
@@ -164,9 +145,12 @@ class _Timeline:
         """Everything, in a box with room for the years above."""
         bottom = self.tops[-1][1] if self.tops else 0.0
         right = self.lefts[-1] + self.widths[-1] if self.lefts else CATEGORY * self._depths()
-        width = max(right + 40, 480.0)
-        marks = [self._mark(cell) for cell in self.cells.values()] + list(self._icicle(right + 12))
-        return Scene("layered", (-20, -36, width, bottom + 44), marks, list(self._links()), list(self._decor(right, bottom)))
+        bowed = any(cell.beside for cell in self.columns[-1]) if self.columns else False
+        width = max(right + 40 + bowed * GAP * 0.6, 480.0)
+        marks = [self._mark(cell) for cell in self.cells.values()] + list(self._icicle())
+        return Scene(
+            "layered", (-20, -36, width, bottom + 44), marks, list(self._links()), list(self._decor(right, bottom))
+        )
 
     def _mark(self, cell: Cell) -> Mark:
         x, node = self.lefts[cell.column] + self.widths[cell.column] / 2, str(cell.key)
@@ -176,12 +160,16 @@ class _Timeline:
 
     def _decor(self, right: float, bottom: float) -> Iterator[Decor]:
         for year, left, width in zip(self.years, self.lefts, self.widths, strict=True):
-            yield Decor("band", f"M{number(left - 8)},-8h{number(width + 16)}V{number(bottom + 4)}h{number(-width - 16)}Z")
-            yield Decor("year", label=Label(str(year or "no year"), left + width / 2, -20, YEAR, "middle", style="strong"))
+            yield Decor(
+                "band", f"M{number(left - 8)},-8h{number(width + 16)}V{number(bottom + 4)}h{number(-width - 16)}Z"
+            )
+            yield Decor(
+                "year", label=Label(str(year or "no year"), left + width / 2, -20, YEAR, "middle", style="strong")
+            )
         for top, _ in self.tops[1:]:
             yield Decor("rule", line([(0.0, top), (right + 12, top)]))
 
-    def _icicle(self, right: float) -> Iterator[Mark]:
+    def _icicle(self) -> Iterator[Mark]:
         """Categories as boxes: a column for each depth, as high as the lanes of all that is below."""
         first = min((category.count("/") for category in self.categories), default=0)
         spans: dict[str, tuple[float, float]] = {}
@@ -198,7 +186,8 @@ class _Timeline:
             lines = wrap(name, TEXT, width - 12, max(1, int((bottom - top) // (TEXT * 1.25))))
             x, y = left + width / 2, (top + bottom) / 2
             labels = tuple(
-                Label(text, x, y + (i - (len(lines) - 1) / 2) * TEXT * 1.2, TEXT, "middle") for i, text in enumerate(lines)
+                Label(text, x, y + (i - (len(lines) - 1) / 2) * TEXT * 1.2, TEXT, "middle")
+                for i, text in enumerate(lines)
             )
             yield Mark(f"category:{category}", x, y, bottom - top, width, labels)
 
@@ -249,66 +238,3 @@ class _Timeline:
             for i, end in enumerate(ordered):
                 ports[cell, right, end] = cell.y + (i - (len(ordered) - 1) / 2) * pitch
         return ports
-
-
-def crossings(columns: list[list[Cell]]) -> int:
-    """How many pairs of edges between neighbouring columns cross: inversions, counted as they are inserted."""
-    count = 0
-    for column in columns:
-        seen: list[int] = []
-        rank = {cell: i for i, cell in enumerate(columns[column[0].column + 1])} if column and column[0].column + 1 < len(columns) else {}
-        for cell in column:
-            ends = sorted(rank[other] for other in cell.right)
-            count += sum(len(seen) - bisect_right(seen, end) for end in ends)
-            for end in ends:
-                insort(seen, end)
-    return count
-
-
-def _order(columns: list[list[Cell]]) -> None:
-    """Sort each column so that few edges cross: barycenter sweeps from both ends, of which the best result is kept."""
-    for column in columns:
-        column.sort(key=lambda cell: (cell.lane, cell.rank))
-        _number(column)
-    best, fewest = [list(column) for column in columns], crossings(columns)
-    for sweep in range(SWEEPS):
-        for column in columns if sweep % 2 == 0 else reversed(columns):
-            wanted = {cell: _centre(cell, sweep % 2 == 0) for cell in column}
-            column.sort(key=lambda cell: (cell.lane, wanted[cell], cell.rank))
-            _number(column)
-        if (count := crossings(columns)) < fewest:
-            best, fewest = [list(column) for column in columns], count
-    for column, kept in zip(columns, best, strict=True):
-        column[:] = kept
-
-
-def _number(column: list[Cell]) -> None:
-    for i, cell in enumerate(column):
-        cell.place = (i + 0.5) / len(column)
-
-
-def _centre(cell: Cell, rightwards: bool) -> float:
-    """Mean place of what a cell is joined to on the side that the sweep comes from, and in its own column."""
-    joined = [*(cell.left if rightwards else cell.right), *cell.beside]
-    return sum(other.place for other in joined) / len(joined) if joined else cell.place
-
-
-def _settle(columns: list[list[Cell]], tops: list[tuple[float, float]]) -> None:
-    """Give cells their heights: as near to what they are joined to as their order, their sizes and their lane allow."""
-    runs = [list(run) for column in columns for _, run in groupby(column, key=lambda cell: cell.lane)]
-    for run in runs:
-        top, bottom = tops[run[0].lane]
-        _stack(run, [(top + bottom) / 2] * len(run), top, bottom)
-    for sweep in range(SWEEPS):
-        for run in runs if sweep % 2 == 0 else reversed(runs):
-            joined = [[*cell.left, *cell.right] for cell in run]
-            wanted = [
-                sum(other.y for other in others) / len(others) if others else cell.y
-                for cell, others in zip(run, joined, strict=True)
-            ]
-            _stack(run, wanted, *tops[run[0].lane])
-
-
-def _stack(run: list[Cell], wanted: list[float], top: float, bottom: float) -> None:
-    for cell, y in zip(run, spaced(wanted, [cell.height for cell in run], top, bottom), strict=True):
-        cell.y = y

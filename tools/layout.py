@@ -21,7 +21,7 @@ Anchor = Literal["start", "middle", "end"]
 TREE_RELATIONS = ("in", "described_by", "filed_under")
 SYMMETRIC = ("alternative_to", "composes_with")
 
-NARROW, SLIM, WIDE = set("ijl.,:;'|!`"), set("ftr()[]{}-/\\\" *I"), set("mwMW@%—…")
+NARROW, SLIM, WIDE = set("ijl.,:;'|!`"), set('ftr()[]{}-/\\" *I'), set("mwMW@%—…")
 BOLD = 1.08
 
 
@@ -99,7 +99,11 @@ def homes(graph: "Graph") -> dict[str, str]:
     homes = {node: data["category"] for node, data in graph.nodes(data=True) if data["kind"] == "method"}
     for node, data in graph.nodes(data=True):
         if data["kind"] == "paper":
-            filed = [t.removeprefix("category:") for _, t, e in graph.out_edges(node, data=True) if e["relation"] == "filed_under"]
+            filed = [
+                t.removeprefix("category:")
+                for _, t, e in graph.out_edges(node, data=True)
+                if e["relation"] == "filed_under"
+            ]
             described = [homes[s] for s, _, e in graph.in_edges(node, data=True) if e["relation"] == "described_by"]
             homes[node] = [*filed, *described, "papers"][0]
     return homes
@@ -138,7 +142,7 @@ def elide(text: str, size: float, limit: float) -> str:
     """Text cut so that it fits into `limit` pixels, its end replaced by an ellipsis; empty if not even that fits.
 
     >>> elide("Speculative sampling", 10, 80)
-    'Speculative…'
+    'Speculative s…'
     """
     if text_width(text, size) <= limit:
         return text

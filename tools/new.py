@@ -83,7 +83,9 @@ def scaffold(place: str, root: Path) -> list[Path]:
     name = name.replace("_", "-")
     folder = root / "taxonomy" / category
     if not category or not (folder / "_category.yaml").is_file():
-        known = sorted(p.parent.relative_to(root / "taxonomy").as_posix() for p in (root / "taxonomy").rglob("_category.yaml"))
+        known = sorted(
+            p.parent.relative_to(root / "taxonomy").as_posix() for p in (root / "taxonomy").rglob("_category.yaml")
+        )
         raise ValueError(
             f"no category {category!r}{taxonomy.near(category, known)}; give CATEGORY/ID, as compression/low_rank/svd"
         )

@@ -7,7 +7,6 @@ second rim, in the sector of their category. The radius is the smallest at which
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tools.layout import (
@@ -24,74 +23,22 @@ from tools.layout import (
     around_zero,
     curve,
     elide,
-    homes,
     is_covered,
     line,
     spline,
     text_width,
-    wrap,
 )
+from tools.sectors import BESIDE, LINE, METHOD, Sector, sectors
 
 if TYPE_CHECKING:
     from tools.layout import Graph
 
-METHOD, PAPER, FAMILY = 11.0, 8.0, 15.0
-ROW, PAPER_ROW = 13.0, 9.4
-GAPS = (26.0, 10.0, 5.0)
-LONGEST, LONGEST_PAPER = 150.0, 170.0
+PAPER, FAMILY = 8.0, 15.0
+LONGEST_METHOD, LONGEST_PAPER = 180.0, 170.0
 DOT, PAPER_DOT = 7.0, 4.0
 LEADER = 46.0
 STRAIGHTEN = 0.12
 HEAD = 6.0
-
-
-@dataclass
-class Sector:
-    """A category on the circle: its own entries, the categories below it, and the angles that all of it takes.
-
-    Attributes:
-        heading: lines of its name on the rim, none for a family (its arc is named) and for what the graph lacks.
-        own: angle of its own entries, with the gap that sets them apart.
-    """
-
-    category: str
-    depth: int
-    heading: list[str] = field(default_factory=list)
-    methods: list[str] = field(default_factory=list)
-    papers: list[str] = field(default_factory=list)
-    below: list["Sector"] = field(default_factory=list)
-    own: float = 0.0
-    start: float = 0.0
-    end: float = 0.0
-
-    def walk(self) -> Iterator["Sector"]:
-        """This one and all below it, in reading order."""
-        yield self
-        for sector in self.below:
-            yield from sector.walk()
-
-    def rows(self) -> list[str]:
-        """Keys of its lines of text on the inner rim, in reading order."""
-        return [f"{self.category}:{i}" for i in range(len(self.heading))] + self.methods
-
-    def room(self, rim: float, outer: float) -> float:
-        """Angle that its own entries need on circles of these radii; a category without any still needs a place."""
-        lines = len(self.rows()) or int(not self.below and not self.papers)
-        return max(lines * ROW / rim, len(self.papers) * PAPER_ROW / outer)
-
-    def gap(self, rim: float) -> float:
-        """Angle left free beside them."""
-        bare = self.below and not self.rows() and not self.papers and self.depth
-        return 0.0 if bare else GAPS[min(self.depth, len(GAPS) - 1)] / rim
-
-    def total(self) -> float:
-        """Angle of all of it."""
-        return sum(sector.own for sector in self.walk())
-
-    @property
-    def middle(self) -> float:
-        """Half way round it."""
-        return (self.start + self.end) / 2
 
 
 def radial(graph: "Graph") -> Scene:
@@ -104,12 +51,13 @@ class _Circle:
 
     def __init__(self, graph: "Graph") -> None:
         self.graph = graph
-        self.tops = _sectors(graph)
+        self.tops = sectors(graph)
         self.sectors = [sector for top in self.tops for sector in top.walk()]
         self.texts = {node: _text(graph, node) for node in graph}
         self.rings = 2 + max((s.depth for s in self.sectors), default=0)
-        texts = [text for s in self.sectors for text in [*s.heading, *(self.texts[m] for m in s.methods)]]
-        self.reach = max((text_width(text, METHOD) for text in texts), default=0.0) * BOLD + DOT + 6
+        widths = [text_width(text, METHOD) * BOLD for s in self.sectors for text in s.heading]
+        widths += [text_width(self.texts[method], METHOD) for s in self.sectors for method in s.methods]
+        self.reach = max(widths, default=0.0) + DOT + 4
         self.rim = self._radius()
         self.outer = self.rim + self.reach + LEADER
         self.place: dict[str, tuple[float, float]] = {}
@@ -147,12 +95,13 @@ class _Circle:
         sector too large to be on one side leaves this to those below it.
         """
         total = sector.total()
-        if upwards is None and total < 0.8 * math.pi:
+        if upwards is None and (total < 0.8 * math.pi or not sector.below):
             upwards = math.sin(cursor + total / 2) < 0
         sector.start, sector.end = cursor, cursor + total
         gap = sector.own * sector.gap(self.rim) / (sector.room(self.rim, self.outer) + sector.gap(self.rim) or 1.0)
         own = cursor + total - sector.own if upwards else cursor
-        self._stand(sector, own + gap / 2, sector.own - gap, bool(upwards))
+        left = math.sin(own + sector.own / 2) < 0 if upwards is None else upwards
+        self._stand(sector, own + gap / 2, sector.own - gap, left)
         if upwards:
             for below in reversed(sector.below):
                 cursor = self._lay(below, cursor, upwards)
@@ -164,7 +113,7 @@ class _Circle:
 
     def _stand(self, sector: Sector, start: float, room: float, upwards: bool) -> None:
         """Set a sector's own entries side by side: the lines of its name close together, the others evenly apart."""
-        pitch = min(ROW / self.rim, room / max(1, len(sector.rows())))
+        pitch = min(LINE / self.rim, room / max(1, len(sector.rows())))
         head = pitch * len(sector.heading)
         spots = {entry: pitch * (i + 0.5) for i, entry in enumerate(sector.rows()[: len(sector.heading)])}
         for i, method in enumerate(sector.methods):
@@ -227,7 +176,7 @@ class _Circle:
         for top in self.tops:
             methods = [m for sector in top.walk() for m in sector.methods]
             done = sum(is_covered(self.graph.nodes[m]) for m in methods)
-            gap = min(GAPS[0] / 2 / self.rim, (top.end - top.start) / 4)
+            gap = min(BESIDE[0] / 2 / self.rim, (top.end - top.start) / 4)
             start, end = top.start + gap, top.end - gap
             yield Decor("family", arc(radius, start, end))
             if done:
@@ -236,7 +185,9 @@ class _Circle:
             names[top.category] = f"{name}  {done}/{len(methods)}" if methods else name
         for text, angle in _fitted(self.tops, names, radius):
             turned = math.degrees(angle) + (180 if math.pi / 2 < angle % (2 * math.pi) < 1.5 * math.pi else 0)
-            yield Decor("family", label=Label(text, *around_zero(angle, middle), FAMILY, "middle", turned, "family strong"))
+            yield Decor(
+                "family", label=Label(text, *around_zero(angle, middle), FAMILY, "middle", turned, "family strong")
+            )
 
     def _links(self) -> Iterator[Link]:
         for source, target, data in self.graph.edges(data=True):
@@ -252,7 +203,10 @@ class _Circle:
         (angle, radius), (above, inner) = self.place[child], self.place[parent]
         middle = (radius + inner) / 2
         return curve(
-            around_zero(angle, radius), around_zero(angle, middle), around_zero(above, middle), around_zero(above, inner)
+            around_zero(angle, radius),
+            around_zero(angle, middle),
+            around_zero(above, middle),
+            around_zero(above, inner),
         )
 
     def _leader(self, method: str, paper: str) -> str:
@@ -263,7 +217,9 @@ class _Circle:
         turn = (other - angle + math.pi) % (2 * math.pi) - math.pi
         steps = max(1, math.ceil(abs(turn) / 0.1))
         along = [around_zero(angle + turn * i / steps, ring + 8) for i in range(steps + 1)]
-        return spline([around_zero(angle, start), around_zero(angle, ring), *along, around_zero(other, outer - PAPER_DOT)])
+        return spline(
+            [around_zero(angle, start), around_zero(angle, ring), *along, around_zero(other, outer - PAPER_DOT)]
+        )
 
     def _relation(self, source: str, target: str, relation: str) -> Link:
         """A curve drawn towards the tree's path between two methods, so that edges of neighbours run together."""
@@ -305,44 +261,14 @@ class _Circle:
         return [*above, ""]
 
 
-def _sectors(graph: "Graph") -> list[Sector]:
-    """The categories on top, with all below them and their entries."""
-    homes = homes(graph)
-    order: dict[str, None] = {}
-    for category in [*(n.removeprefix("category:") for n in graph if n.startswith("category:")), *homes.values()]:
-        parts = category.split("/")
-        order.update(dict.fromkeys("/".join(parts[: i + 1]) for i in range(len(parts))))
-    sectors = {category: Sector(category, category.count("/")) for category in order}
-    for category, sector in sectors.items():
-        sectors.get(category.rpartition("/")[0], Sector("", -1)).below.append(sector)
-    for node in sorted(homes, key=lambda n: (_rank(graph, n), n)):
-        sector = sectors[homes[node]]
-        (sector.papers if graph.nodes[node]["kind"] == "paper" else sector.methods).append(node)
-    tops = [sector for category, sector in sectors.items() if "/" not in category]
-    while len(tops) == 1 and f"category:{tops[0].category}" not in graph and tops[0].below and not tops[0].methods:
-        tops = tops[0].below
-    for top in tops:
-        above = top.category.count("/")
-        for sector in top.walk():
-            sector.depth -= above
-            if sector.depth and f"category:{sector.category}" in graph:
-                sector.heading = wrap(graph.nodes[f"category:{sector.category}"]["name"], METHOD * BOLD, LONGEST, 2)
-    return tops
-
-
-def _rank(graph: "Graph", node: str) -> tuple[int, str]:
-    """Entries stand by year; papers that methods describe by come first, in the order of their methods."""
-    years = [(graph.nodes[m].get("year", 0), m) for m, _, e in graph.in_edges(node, data=True) if e["relation"] == "described_by"]
-    return min(years) if years else (graph.nodes[node].get("year", 0) + 10_000 * (graph.nodes[node]["kind"] == "paper"), node)
-
-
 def _fitted(tops: Sequence[Sector], names: Mapping[str, str], radius: float) -> list[tuple[str, float]]:
     """Names of the families and their angles: whole where neighbours leave room, else cut to their own sector."""
     half = {top.category: math.atan(text_width(names[top.category], FAMILY) * BOLD / 2 / radius) + 0.01 for top in tops}
     fitted = []
     for i, top in enumerate(tops):
         gaps = [
-            min((top.middle - other.middle) % (2 * math.pi), (other.middle - top.middle) % (2 * math.pi)) - half[other.category]
+            min((top.middle - other.middle) % (2 * math.pi), (other.middle - top.middle) % (2 * math.pi))
+            - half[other.category]
             for other in (tops[i - 1], tops[(i + 1) % len(tops)])
             if other is not top
         ]
@@ -356,7 +282,7 @@ def _fitted(tops: Sequence[Sector], names: Mapping[str, str], radius: float) -> 
 def _text(graph: "Graph", node: str) -> str:
     """A node's name, as far as there is room for it."""
     data = graph.nodes[node]
-    size, longest = (PAPER, LONGEST_PAPER) if data["kind"] == "paper" else (METHOD, LONGEST)
+    size, longest = (PAPER, LONGEST_PAPER) if data["kind"] == "paper" else (METHOD, LONGEST_METHOD)
     return elide(data["name"], size, longest)
 
 

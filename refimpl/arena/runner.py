@@ -45,7 +45,7 @@ def open_arena(name: str) -> Arena:
     known = sorted(p.stem for p in Path(__file__).parent.glob("*.py")) if name.isidentifier() else []
     if name not in known or name in ("__init__", "protocol", "runner"):
         raise ValueError(f"unknown arena {name!r}; arenas are the modules of refimpl/arena/")
-    return importlib.import_module(f"refimpl.arena.{name}")  # type: ignore[return-value]
+    return importlib.import_module(f"refimpl.arena.{name}")
 
 
 def cells(methods: Sequence[Method], seeds: Sequence[int] = (0,)) -> list[Cell]:
@@ -87,7 +87,7 @@ def run_cell(cell: Cell, device: str = "cpu") -> Row:
     return row
 
 
-def run(todo: Sequence[Cell], device: str = "cpu", done: Callable[[Row], None] = lambda row: None) -> list[Row]:
+def run(todo: Sequence[Cell], device: str = "cpu", done: Callable[[Row], None] = lambda _: None) -> list[Row]:
     """Run cells one after the other; `done` is called after each, for progress."""
     rows = []
     for cell in todo:
@@ -103,14 +103,24 @@ def store(rows: Sequence[Row], folder: Path, device: str = "cpu") -> list[Path]:
         arena, path = open_arena(name), folder / f"{name}.json"
         fresh = [msgspec.to_builtins(row) for row in rows if row.arena == name]
         ran = {row["method"] for row in fresh}
-        kept = [row for row in json.loads(path.read_text())["rows"] if row["method"] not in ran] if path.exists() else []
+        kept = (
+            [row for row in json.loads(path.read_text())["rows"] if row["method"] not in ran] if path.exists() else []
+        )
         document = {
             "arena": name,
             "about": arena.ABOUT,
             "baseline": arena.BASELINE,
             "metrics": [metric._asdict() for metric in arena.METRICS],
             "environment": environment(device),
-            "rows": sorted(kept + fresh, key=lambda row: (row["method"] != arena.BASELINE, row["method"], json.dumps(row["settings"]), row["seed"])),
+            "rows": sorted(
+                kept + fresh,
+                key=lambda row: (
+                    row["method"] != arena.BASELINE,
+                    row["method"],
+                    json.dumps(row["settings"]),
+                    row["seed"],
+                ),
+            ),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")

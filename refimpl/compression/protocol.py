@@ -52,6 +52,7 @@ class CompressedLinear(nn.Module):
     def __init__(self, weight: CompressedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = weight
+        self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def compress(
     *,
     target: str = "*",
     skip: str = "lm_head",
-    done: Callable[[str], None] = lambda name: None,
+    done: Callable[[str], None] = lambda _: None,
 ) -> M:
     """A copy of a model whose linear layers are compressed, in the order in which they stand.
 
@@ -93,11 +94,16 @@ def compress(
     names = [
         name
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and fnmatch(name, target) and not fnmatch(name, skip) and layer.weight not in shared
+        if isinstance(layer, nn.Linear)
+        and fnmatch(name, target)
+        and not fnmatch(name, skip)
+        and layer.weight not in shared
     ]
     if not names:
         linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-        raise ValueError(f"target={target!r} with skip={skip!r} matches no linear layer; the model's: {linear[:8] or 'none'}")
+        raise ValueError(
+            f"target={target!r} with skip={skip!r} matches no linear layer; the model's: {linear[:8] or 'none'}"
+        )
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)

@@ -124,7 +124,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def merge(model: M) -> M:
     """Give each adapted layer its changed weight and put the plain layer back, frozen.
 
-    The changed weight is a new tensor: one that was tied to another layer's is so no longer, and that layer is as before.
+    The changed weight is a new tensor: what was tied to another layer's is so no longer, and that layer is as before.
 
     Raises:
         ValueError: no layer is adapted.
@@ -142,18 +142,24 @@ def merge(model: M) -> M:
 def _matching(model: nn.Module, target: Sequence[str]) -> dict[str, nn.Linear]:
     """Layers below the model whose names match; one that stands under several names under each that matches."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    adapted = {layer.base for layer in modules.values() if isinstance(layer, AdaptedLinear)}
-    layers = {name: layer for name, layer in modules.items() if name and is_linear(layer)}
+    inside = {layer.base for layer in modules.values() if isinstance(layer, AdaptedLinear)}
+    layers = {
+        name: layer
+        for name, layer in modules.items()
+        if name and layer not in inside and (is_linear(layer) or isinstance(layer, AdaptedLinear))
+    }
     found = {name: layer for name, layer in layers.items() if any(fnmatchcase(name, pattern) for pattern in target)}
     if not found:
         near = [name for pattern in target for name in get_close_matches(pattern, layers, n=4, cutoff=0.0)]
-        raise ValueError(f"target={tuple(target)} matches no linear layer below the model; near: {near or 'it has none'}")
+        raise ValueError(
+            f"target={tuple(target)} matches no linear layer below the model; near: {near or 'it has none'}"
+        )
     for name, layer in found.items():
-        if layer in adapted:
+        if isinstance(layer, AdaptedLinear):
             raise ValueError(f"layer {name!r} is adapted already: merge the model before injecting again")
         if not layer.weight.is_floating_point():
             raise ValueError(f"layer {name!r} holds {layer.weight.dtype}; only floating-point weights can be adapted")
-    return found
+    return {name: layer for name, layer in found.items() if is_linear(layer)}
 
 
 def _replace(model: M, new: dict[nn.Module, nn.Module]) -> M:

@@ -28,7 +28,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     >>> unpack(torch.tensor([57, 57], dtype=torch.uint8), 2, 6).tolist()
     [1, 2, 3, 0, 1, 2]
     """
-    words = (packed.view(-1, bits).long() << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(dim=1, keepdim=True)
+    words = (packed.view(-1, bits).long() << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(
+        dim=1, keepdim=True
+    )
     shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
     return (words >> shifts).bitwise_and_(2**bits - 1).to(torch.uint8).flatten()[:count]
 

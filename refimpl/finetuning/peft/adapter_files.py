@@ -15,7 +15,15 @@ from torch import Tensor
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # what PEFT's wrapper puts before a name of the base model
 IDLE = {  # fields that change no output of a trained adapter, or only say where others acted
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *(
+        "peft_type",
+        "peft_version",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core"),
     "qalora_group_size",
 }
@@ -53,8 +61,8 @@ def read_adapter(
     folder = Path(folder)
     if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
         raise ValueError(
-            f"{folder / PICKLE} is a pickle, which can run code when it is opened; where you trust it, load it with PEFT "
-            f"and save it again, as {WEIGHTS}"
+            f"{folder / PICKLE} is a pickle, which can run code when it is opened; where you trust it, load it with "
+            f"PEFT and save it again, as {WEIGHTS}"
         )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).exists():
@@ -71,7 +79,9 @@ def read_adapter(
         if field not in IDLE and field not in fields and value not in (None, False, "none", {}, [])
     }
     if asked:
-        raise ValueError(f"{folder} asks for more than plain {peft_type}: {asked}; merge it with PEFT and load the result")
+        raise ValueError(
+            f"{folder} asks for more than plain {peft_type}: {asked}; merge it with PEFT and load the result"
+        )
     return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 

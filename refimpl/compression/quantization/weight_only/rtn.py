@@ -1,8 +1,10 @@
 r"""RTN: round every weight to the nearest level of its group's grid.
 
-Source: `integer-only-inference` (arXiv 1712.05877), Eq. (1) for the affine map $r = S(q - Z)$ with an integer zero point;
+Source: `integer-arithmetic-inference-2018` (arXiv 1712.05877), Eq. (1) for the affine map $r = S(q - Z)$ with an integer zero point;
 the symmetric range and the group-wise use are the round-to-nearest baseline of `gptq` (arXiv 2210.17323), Section 5.
+
 Differs from the paper: scales are stored in float16 and rounded up to it, where the paper keeps a fixed-point multiplier.
+
 Not here: clipping (`mse_clip`, `kl_clip`), quantized activations, integer kernels.
 """
 
@@ -29,10 +31,13 @@ class RTN:
         symmetric: the range is $[-m, m]$ and no zero point is stored.
         scale_dtype: what scales are stored in.
 
-    >>> weight = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-    >>> packed = RTN(bits=2, group_size=4)(weight)
-    >>> packed.dense().tolist(), packed.nbytes  # 2 bytes hold up to 8 codes; a scale takes 2, zero points up to 8 take 2
-    ([[0.0, 1.0, 2.0, 3.0]], 6)
+    Examples:
+        Two bytes hold up to eight codes of 2 bits; a scale takes two, and up to eight zero points take two:
+
+        >>> weight = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+        >>> packed = RTN(bits=2, group_size=4)(weight)
+        >>> packed.dense().tolist(), packed.nbytes
+        ([[0.0, 1.0, 2.0, 3.0]], 6)
     """
 
     bits: int = 4
@@ -51,7 +56,7 @@ class RTN:
         if self.scale_dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise ValueError(f"scale_dtype={self.scale_dtype} must be torch.float16, torch.bfloat16 or torch.float32")
 
-    def __call__(self, weight: Tensor, inputs: Tensor | None = None) -> QuantizedWeight:
+    def __call__(self, weight: Tensor, inputs: Tensor | None = None) -> QuantizedWeight:  # noqa: ARG002 - the protocol passes it
         """Quantize a weight; the arithmetic is float32 whatever its dtype.
 
         Args:
@@ -65,7 +70,9 @@ class RTN:
             ValueError: the weight is no matrix, is empty, holds NaN or infinity, or is too large for `scale_dtype`.
         """
         if weight.ndim != 2 or weight.numel() == 0:
-            raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix [out, in] with at least one element")
+            raise ValueError(
+                f"weight of shape {tuple(weight.shape)} must be a matrix [out, in] with at least one element"
+            )
         if not torch.isfinite(weight).all():
             raise ValueError("weight holds NaN or infinity; it cannot be rounded to a finite grid")
         groups = to_groups(weight, self.granularity, self.group_size)
