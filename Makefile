@@ -33,14 +33,14 @@ test: .venv/stamp  ## every test, the browser's too; sets up what it needs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --doctest-modules taxonomy refimpl tools tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --doctest-modules taxonomy refimpl tools tests
 
 check: .venv/stamp  ## the fast half: lint, types, doctests, taxonomy, unit tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/effllm check
-	$(BIN)/python -m pytest -n 2 -q -m 'not slow and not browser' --doctest-modules taxonomy refimpl tools tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m 'not slow and not browser' --doctest-modules taxonomy refimpl tools tests
 
 format:  ## let ruff format the code and mend what it can
 	$(BIN)/ruff format

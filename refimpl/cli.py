@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -10,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import msgspec
 import typer
 from rich.console import Console
@@ -43,24 +43,20 @@ class Refused(Exception):
 def main() -> None:
     """Entry point: every failure is one line, and an exit code."""
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except InvalidTaxonomy as error:
         for problem in error.problems[:10]:
             err.print(str(problem), markup=False)
         err.print(f"[red]error:[/] {len(error.problems)} problems in the taxonomy; `effllm check` lists all of them")
         sys.exit(1)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+    except BrokenPipeError:  # who read the output has gone, as `head` does; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (Refused, ValueError, KeyError, OSError, NotImplementedError) as error:
-        text = error.args[0] if error.args and not isinstance(error, OSError) else error
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
         err.print("[red]error:[/]", end=" ")
         err.print(str(text), markup=False)
         sys.exit(1)
@@ -125,14 +121,17 @@ def show(
         if as_json:
             _json(msgspec.to_builtins(category))
         else:
-            out.print(f"[bold]{category.name}[/]\n[italic]{category.summary}[/]\n\n{category.text}")
-            out.print(views.methods_view(loaded.find(category=name)))
-            out.print(f"[dim]{len(loaded.reading_list(name))} papers: effllm papers -c {name}[/]")
+            out.print(views.category_view(loaded, category))
     elif name in loaded.papers and name not in loaded.methods:
         paper = loaded.papers[name]
         _json(msgspec.to_builtins(paper)) if as_json else out.print(loaded.bibtex([paper]), markup=False, end="")
     else:
-        method = _method(loaded, name)
+        if (slug := name.replace("_", "-").lower()) not in loaded.methods:
+            guess = near(slug, [*loaded.methods, *loaded.categories, *loaded.papers])
+            raise Refused(
+                f"unknown method, category or paper {name!r}{guess} (`effllm tree`, `effllm papers` list all)"
+            )
+        method = loaded.methods[slug]
         _json(loaded.as_dict(method)) if as_json else out.print(views.method_view(loaded, method))
 
 
@@ -179,7 +178,7 @@ def _facet(text: str) -> tuple[str, object]:
     name = name.replace("-", "_")
     if not equals or name not in Facets.__struct_fields__:
         raise Refused(f"--facet {text!r} must be name=value; names: {', '.join(Facets.__struct_fields__)}")
-    words: dict[str, object] = {"yes": True, "true": True, "no": False, "false": False}
+    words: dict[str, object] = {"yes": True, "true": True, "no": False, "false": False, "null": None}
     return name, words.get(value.lower(), value)
 
 
@@ -364,7 +363,8 @@ def run(
 ) -> None:
     """A method in its arena, beside the baseline."""
     loaded = taxonomy.load()
-    chosen = [_method(loaded, name) for name in methods or []] or loaded.find(implemented=True)
+    chosen = [_method(loaded, name) for name in methods or []]
+    chosen = chosen or [m for m in loaded.find(implemented=True) if m.arena]
     for method in chosen:
         if not method.implemented:
             raise Refused(f"{method.id!r} has no implementation yet (`effllm tree --implemented` lists those that run)")

@@ -30,11 +30,18 @@ def documents(folders: Iterable[Path] | None = None) -> dict[str, dict[str, Any]
     found = {}
     for folder in folders or (committed_folder(), fresh_folder()):
         for path in sorted(folder.glob("*.json")):
-            try:
-                found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is not whole ({error}); delete it and run again") from error
+            found[path.stem] = _read(path)
     return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole ({error}); delete it and run again") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} holds no results; delete it and run again")
+    return document
 
 
 def claims(folders: Iterable[Path] | None = None) -> dict[tuple[str, str], dict[str, Any]]:
@@ -49,7 +56,7 @@ def store_claims(path: Path, rows: Iterable[Any]) -> None:
 
     fresh = [msgspec.to_builtins(row) for row in rows]
     ran = {row["method"] for row in fresh}
-    kept = [r for r in json.loads(path.read_text())["claims"] if r["method"] not in ran] if path.exists() else []
+    kept = [r for r in _read(path).get("claims", []) if r["method"] not in ran] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(kept + fresh, key=lambda row: (row["method"], row["claim"]))
     path.write_text(json.dumps({"environment": environment(), "claims": ordered}, indent=1) + "\n")

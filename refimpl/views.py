@@ -1,23 +1,28 @@
 """How the command line shows things: Rich renderables from the objects of the taxonomy and of the arenas."""
 
-from collections.abc import Sequence
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from taxonomy import Facets, Method, Paper, Taxonomy
+from taxonomy import Category, Facets, Method, Paper, Taxonomy
 
 RUNS, READS = "[green]●[/]", "[dim]○[/]"
 
 
 def tree_view(tree: Taxonomy, category: str | None, depth: int | None, only: set[str] | None) -> Tree:
     """The tree of categories with their methods; `only` keeps the methods named, and the categories that hold them."""
-    root = Tree(f"[bold]{tree.categories[category].name if category else 'Efficient large language models'}[/]")
+    name = tree.categories[category].name if category else "Efficient large language models"
+    root = Tree(f"[bold]{escape(name)}[/]")
     _grow(tree, root, category, depth, only)
     root.add(f"{RUNS} runs   {READS} described, no code yet") if depth is None else None
     return root
@@ -33,9 +38,16 @@ def _grow(tree: Taxonomy, branch: Tree, category: str | None, depth: int | None,
             continue
         ready = sum(m.implemented for m in inside)
         count = f"[dim]{ready} of {len(inside)} run[/]" if inside else "[dim]reading list[/]"
-        twig = branch.add(f"[bold]{child.id.rpartition('/')[2]}[/]  {child.name}  {count}")
+        twig = branch.add(f"[bold]{child.id.rpartition('/')[2]}[/]  {escape(child.name)}  {count}")
         if depth is None or depth > 1:
             _grow(tree, twig, child.id, None if depth is None else depth - 1, only)
+
+
+def category_view(tree: Taxonomy, category: Category) -> RenderableType:
+    """A category's page for the terminal."""
+    head = Text.assemble((category.name, "bold"), "\n", (category.summary, "italic"), "\n")
+    tail = Text(f"{len(tree.reading_list(category.id))} papers: effllm papers -c {category.id}", style="dim")
+    return Group(head, _prose(category.text), "", methods_view(tree.find(category=category.id)), tail)
 
 
 def method_view(tree: Taxonomy, method: Method) -> RenderableType:
@@ -48,7 +60,7 @@ def method_view(tree: Taxonomy, method: Method) -> RenderableType:
         Text(state, style="green" if method.implemented else "yellow"),
         "",
     ]
-    parts += [Markdown(method.idea), "", Text("When to use it", style="bold"), Markdown(method.when), ""]
+    parts += [_prose(method.idea), "", Text("When to use it", style="bold"), _prose(method.when), ""]
     parts += [_facet_table(method.facets)]
     edges = [(kind.replace("_", " "), target) for kind, target in method.relations.items()]
     edges += [(f"← {kind.replace('_', ' ')}", m.id) for kind, m in tree.related_to(method.id)]
@@ -63,6 +75,11 @@ def method_view(tree: Taxonomy, method: Method) -> RenderableType:
         parts += [Text(f"  {c.id}: {c.says} Expected: {c.expect} ({c.source.where})") for c in method.claims]
     parts += ["", Text("Papers", style="bold"), *(_paper_line(tree.papers[key]) for key in method.papers)]
     return Group(*parts)
+
+
+def _prose(text: str) -> Markdown:
+    """Markdown whose formulas stand as they are written: as code, since Markdown would take their signs for its own."""
+    return Markdown(re.sub(r"(\$\$?)([^$]+)\1", r"`\2`", text))
 
 
 def _facet_table(facets: Facets) -> Table:
@@ -87,7 +104,7 @@ def methods_view(methods: Sequence[Method]) -> Table:
     table.add_column("year", style="dim")
     table.add_column("summary")
     for m in methods:
-        table.add_row(RUNS if m.implemented else READS, m.id, str(m.year), m.summary)
+        table.add_row(RUNS if m.implemented else READS, m.id, str(m.year), escape(m.summary))
     return table
 
 
@@ -99,7 +116,7 @@ def papers_view(papers: Sequence[Paper]) -> Table:
     table.add_column("venue", style="dim", max_width=14)
     table.add_column("title")
     for p in papers:
-        table.add_row(p.key, str(p.year), p.venue, p.title)
+        table.add_row(p.key, str(p.year), escape(p.venue), escape(p.title))
     return table
 
 
@@ -107,39 +124,51 @@ def claims_view(measured: dict[tuple[str, str], dict[str, Any]], methods: Sequen
     """Claims beside what was measured."""
     table = Table(box=None, pad_edge=False)
     for name, style in (("claim", "cyan"), ("says", ""), ("expected", "dim"), ("measured", ""), ("", "")):
-        table.add_column(name, style=style)
+        table.add_column(name, style=style, overflow="fold")
     for m in methods:
         for c in m.claims:
             row = measured.get((m.id, c.id))
             value = f"{row['value']:.4g}" if row else "–"
             verdict = "" if row is None else "[green]holds[/]" if row["holds"] else "[red]does not hold[/]"
-            table.add_row(f"{m.id}/{c.id}", c.says, str(c.expect), value, verdict)
+            table.add_row(f"{m.id}/{c.id}", escape(c.says), escape(str(c.expect)), value, verdict)
     return table
 
 
 def figures_view(document: dict[str, Any], methods: set[str]) -> Table:
-    """An arena's rows as a table; means over seeds, with the spread where there is more than one."""
-    table = Table(box=None, pad_edge=False, title=None)
+    """An arena's rows as a table, a column for each setting; means over seeds, with the spread where there is more than one."""
+    groups = group_rows(row for row in document["rows"] if row["method"] in methods | {document["baseline"]})
+    names = dict.fromkeys(name for rows in groups for name in rows[0]["settings"])
+    table = Table(box=None, pad_edge=False)
     table.add_column("method", style="cyan", no_wrap=True)
-    table.add_column("settings", style="dim")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right", style="dim")
     for metric in document["metrics"]:
         table.add_column(metric["name"].replace("_", " "), justify="right")
-    for (name, settings), rows in group_rows(document["rows"]).items():
-        if name != document["baseline"] and name not in methods:
-            continue
-        errors = [row["error"] for row in rows if row.get("error")]
-        cells = [errors[0]] if errors else [mean_text(rows, metric["name"]) for metric in document["metrics"]]
-        table.add_row(name, settings, *cells, style="bold" if name == document["baseline"] else None)
+    for rows in groups:
+        first = rows[0]
+        settings = [escape(str(first["settings"].get(name, ""))) for name in names]
+        failed = next((row["error"] for row in rows if row.get("error")), None)
+        cells = ["failed"] if failed else [mean_text(rows, metric["name"]) for metric in document["metrics"]]
+        table.add_row(
+            escape(first["method"]),
+            *settings,
+            *cells,
+            style="bold" if first["method"] == document["baseline"] else None,
+        )
     return table
 
 
-def group_rows(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Rows that differ in the seed alone, by method and settings."""
+def group_rows(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows that differ in the seed alone stand together, in the order of their first."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
-        groups.setdefault((row["method"], settings), []).append(row)
-    return groups
+        groups.setdefault((row["method"], json.dumps(row["settings"])), []).append(row)
+    return list(groups.values())
+
+
+def settings_text(row: dict[str, Any]) -> str:
+    """`bits 4, group size 128`."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["settings"].items())
 
 
 def mean_text(rows: Sequence[dict[str, Any]], metric: str) -> str:
@@ -148,11 +177,13 @@ def mean_text(rows: Sequence[dict[str, Any]], metric: str) -> str:
     if not values:
         return "–"
     mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
-    return number(mean) + (f" ± {number(spread)}" if spread else "")
+    return number(mean) + (f" ±{spread:.1g}" if spread else "")
 
 
 def number(value: float) -> str:
     """Four digits, thousands separated: `12,800`, `0.0312`, `5.2e-06`."""
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

@@ -1,11 +1,12 @@
 """The taxonomy of efficient large language models, as data.
 
->>> import taxonomy
->>> tree = taxonomy.load()
->>> tree.methods["gptq"].category
-'compression/quantization/weight_only'
->>> [m.id for m in tree.find("round-to-nearest", implemented=True)]
-['rtn']
+Examples:
+    >>> import taxonomy
+    >>> tree = taxonomy.load()
+    >>> tree.methods["gptq"].category
+    'compression/quantization/weight_only'
+    >>> [m.id for m in tree.find("nearest level", implemented=True)]
+    ['rtn']
 
 Importing this package brings in neither torch nor the implementations; `method.load()` does, when it is called.
 """
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parent
+SOURCES = (ROOT / "schema.py", ROOT / "reader.py")
 
 
 class InvalidTaxonomy(ValueError):
@@ -118,8 +120,8 @@ def _folder(path: str | os.PathLike[str] | None) -> Path:
     return root
 
 
-def _contents(root: Path) -> dict[Path, bytes]:
-    """Bytes of every YAML file, in sorted order; `os.scandir` halves the time of `rglob` here."""
+def _contents(root: Path) -> dict[Path, bytes | None]:
+    """Bytes of every YAML file, in sorted order, None if it can't be read; `os.scandir` halves the time of `rglob`."""
     found: list[str] = []
     folders = [os.fspath(root)]
     while folders:
@@ -129,20 +131,25 @@ def _contents(root: Path) -> dict[Path, bytes]:
                     folders.append(entry.path)
                 elif entry.name.endswith((".yaml", ".yml")):
                     found.append(entry.path)
-    contents = {}
+    contents: dict[Path, bytes | None] = {}
     for name in sorted(found):
-        with open(name, "rb") as file:  # noqa: PTH123 - `Path.open` takes twice as long on thousands of files
-            contents[Path(name)] = file.read()
+        try:
+            with open(name, "rb") as file:  # noqa: PTH123 - `Path.open` takes twice as long on thousands of files
+                contents[Path(name)] = file.read()
+        except OSError:  # the reader meets it again, and says so
+            contents[Path(name)] = None
     return contents
 
 
-def _digest(contents: Mapping[Path, bytes]) -> bytes:
-    """Changes with any file's name or content, and with the schema's own source."""
+def _digest(contents: Mapping[Path, bytes | None]) -> bytes:
+    """Changes with any file's name or content, and with what schema and reader make of it."""
     digest = hashlib.blake2b(digest_size=32)
-    digest.update((ROOT / "schema.py").read_bytes())
+    for source in SOURCES:
+        digest.update(source.read_bytes())
     for path, content in contents.items():
-        digest.update(f"\0{path}\0{len(content)}\0".encode(errors="surrogateescape"))
-        digest.update(content)
+        data = content or b""  # None is never stored: it is a problem
+        digest.update(f"\0{path}\0{len(data)}\0".encode(errors="surrogateescape"))
+        digest.update(data)
     return digest.digest()
 
 

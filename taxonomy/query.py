@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -65,16 +65,17 @@ class Taxonomy:
             facets: facet to value; for a facet that is a list, the value must be in it.
 
         Raises:
-            ValueError: a category, relation or facet that does not exist.
+            ValueError: a category, relation, method of a relation, facet or value of a facet that does not exist.
         """
         if category is not None and category not in self.categories:
             raise ValueError(_unknown("category", category, self.categories))
         kind, _, target = (relation or "").partition(":")
         if relation is not None and kind not in RELATIONS:
             raise ValueError(_unknown("relation", kind, RELATIONS))
-        for name in facets or {}:
-            if name not in Facets.__struct_fields__:
-                raise ValueError(_unknown("facet", name, Facets.__struct_fields__))
+        if target and target not in self.methods:
+            raise ValueError(_unknown("method", target, self.methods))
+        for name, value in (facets or {}).items():
+            _check_facet(name, value)
         found = [
             m
             for m in self._in_order()
@@ -173,6 +174,7 @@ class Taxonomy:
                 "methods": [self.as_dict(m) for m in self._in_order()],
                 "papers": list(self.papers.values()),
                 "frameworks": list(self.frameworks.values()),
+                "survey": dict(self.survey),
             }
         ).decode()
 
@@ -216,20 +218,41 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
     )
 
 
+def _check_facet(name: str, value: object) -> None:
+    if name not in Facets.__struct_fields__:
+        raise ValueError(_unknown("facet", name, Facets.__struct_fields__))
+    kind = next(f.type for f in msgspec.structs.fields(Facets) if f.name == name)
+    try:
+        msgspec.convert([value] if name == "stage" else value, kind)
+    except msgspec.ValidationError:
+        raise ValueError(f"facet {name!r} is never {value!r}; it is one of {', '.join(_values(kind))}") from None
+
+
+def _values(kind: Any) -> list[str]:
+    """What a facet may be, in the words of the command line."""
+    if get_origin(kind) is Literal:
+        return [str(value) for value in get_args(kind)]
+    words = {bool: ["yes", "no"], type(None): ["null"]}
+    return words[kind] if kind in words else [word for part in get_args(kind) for word in _values(part)]
+
+
 def _has_facet(facets: Facets, name: str, value: object) -> bool:
     have = getattr(facets, name)
     return value in have if isinstance(have, list) else have == value
 
 
 SPECIAL = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    {c: f"\\{c}" for c in "&%$#_"}
+    | {"{": r"\textbraceleft{}", "}": r"\textbraceright{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 )
 
 
 def _bibtex(paper: Paper) -> str:
     """One entry; capitals of the title are protected, and what is unknown is left out."""
-    title = re.sub(r"\b(\S*[A-Z]\S*)", r"{\1}", paper.title.translate(SPECIAL))
-    fields = {"title": title}
+    words = re.split(r"(\S*[A-Z]\S*)", paper.title)  # the odd ones have capitals
+    escaped = [word.translate(SPECIAL) for word in words]
+    fields = {"title": "".join(f"{{{word}}}" if i % 2 else word for i, word in enumerate(escaped))}
     if paper.authors:
         fields["author"] = " and ".join(author.translate(SPECIAL) for author in paper.authors)
     fields["year"] = str(paper.year)

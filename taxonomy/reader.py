@@ -6,8 +6,10 @@ it check values against the schema, then the entries against each other. Nothing
 
 import ast
 import math
-from collections import defaultdict
-from collections.abc import Iterator
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -33,7 +35,22 @@ from taxonomy.schema import (
 )
 
 FRAMEWORKS = "systems/frameworks"
-SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
+SYMMETRIC = ("alternative_to", "composes_with")
+STEM = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
+FOLDER = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)*")
+TAG = "tag:yaml.org,2002:"
+TEXT = f"{TAG}str"
+SCALARS = {TEXT} | {TAG + name for name in ("int", "float", "bool", "null")}
+COLLECTIONS = {f"{TAG}map", f"{TAG}seq"}
+UNQUOTED = {TAG + name for name in ("timestamp", "merge", "value")}  # what plain text may be taken for
+HINTS = {
+    "mapping values are not allowed": "put a text with a colon in it in quotes",
+    "tab character": "indent with spaces",
+    "cannot start any token": "put the text in quotes, and indent with spaces",
+    "undefined alias": "put a text that starts with * in quotes",
+}
+BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what YAML takes for the end of a line
+DEEPEST = 100
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 Where = tuple[str | int, ...]
 
@@ -73,78 +90,123 @@ def parse(file: str, content: bytes) -> Document:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        before = content[: error.start]
-        column = error.start - (before.rfind(b"\n") + 1) + 1
-        document.problems.append(
-            Problem(file, before.count(b"\n") + 1, column, "a byte that is not UTF-8; save the file as UTF-8")
-        )
+        place = _after(content[: error.start].decode("utf-8"))
+        document.problems.append(Problem(file, *place, "a byte that is not UTF-8; save the file as UTF-8"))
         return document
     try:
-        loader = Loader(text)
-        try:
-            node = loader.get_single_node()
-        finally:
-            loader.dispose()
-        if node is None:
-            document.report((), "the file is empty; `effllm new` shows what belongs here")
-        else:
-            document.value = _construct(node, (), document, set())
+        _compose(document, text)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        what = " ".join(part for part in (error.problem, error.context) if part)
-        document.problems.append(Problem(file, line, column, f"not valid YAML: {what}"))
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        hint = next((f"; {hint}" for sign, hint in HINTS.items() if sign in what), "")
+        place = min(_place(error.problem_mark or error.context_mark), _after(text))  # libyaml's end is a line too far
+        document.problems.append(Problem(file, *place, f"not valid YAML: {what}{hint}"))
     except yaml.reader.ReaderError as error:
-        before_text = text[: error.position]
-        document.problems.append(
-            Problem(
-                file,
-                before_text.count("\n") + 1,
-                len(before_text) - before_text.rfind("\n"),
-                f"not valid YAML: {error.reason}; remove the character",
-            )
-        )
-    except RecursionError:
-        document.report((), "nested too deeply to be read; an entry needs five levels at most")
+        # libyaml counts in bytes, the reader in Python in characters
+        before = text[: error.position] if Loader is yaml.SafeLoader else content[: error.position].decode("utf-8")
+        message = f"not valid YAML: {error.reason}; remove the character"
+        document.problems.append(Problem(file, *_after(before), message))
     return document
 
 
-def _construct(node: yaml.Node, where: Where, document: Document, seen: set[int]) -> Any:
-    document.places.setdefault(where, (node.start_mark.line + 1, node.start_mark.column + 1))
-    if id(node) in seen:
-        document.report(where, "an alias (*name) repeats another node; write the value out")
+def _compose(document: Document, text: str) -> None:
+    nesting = text.count("[") + text.count("{") + 2 * max(map(len, text.splitlines()), default=0)  # at most
+    if nesting > 1000 and (place := _too_deep(text)):  # composing recurses, in C without a check
+        document.problems.append(
+            Problem(document.file, *place, "nested too deeply; an entry needs five levels at most")
+        )
+        return
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+    finally:
+        loader.dispose()
+    if node is None:
+        document.report((), "the file is empty; `effllm new` shows what belongs here")
+        return
+    seen: Counter[int] = Counter()
+    try:
+        document.value = _construct(node, (), document, seen)
+    except RecursionError:
+        place = _too_deep(text) or (1, 1)
+        document.problems.append(
+            Problem(document.file, *place, "nested too deeply; an entry needs five levels at most")
+        )
+    if max(seen.values()) > 1:
+        for event in yaml.parse(text, Loader):
+            if isinstance(event, yaml.AliasEvent):
+                message = f"an alias (*{event.anchor}) repeats another node; write the value out"
+                document.problems.append(Problem(document.file, *_place(event.start_mark), message))
+
+
+def _too_deep(text: str) -> tuple[int, int] | None:
+    """Place of the first collection that is nested too deeply."""
+    depth = 0
+    for event in yaml.parse(text, Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            return _place(event.start_mark)
+    return None
+
+
+def _place(mark: Any) -> tuple[int, int]:
+    return (mark.line + 1, mark.column + 1) if mark else (1, 1)
+
+
+def _after(text: str) -> tuple[int, int]:
+    """Line and column of what follows a text."""
+    lines = BREAK.split(text)
+    return len(lines), len(lines[-1]) + 1
+
+
+def _construct(node: yaml.Node, where: Where, document: Document, seen: Counter[int]) -> Any:
+    document.places.setdefault(where, _place(node.start_mark))
+    seen[id(node)] += 1
+    if seen[id(node)] > 1:  # an alias
         return None
-    seen.add(id(node))
+    scalar = isinstance(node, yaml.ScalarNode)
+    if node.tag not in (SCALARS if scalar else COLLECTIONS):
+        what = repr(node.value[:40]) if scalar else "this"
+        remedy = "put it in quotes" if node.tag in UNQUOTED else "remove the tag"
+        document.report(where, f"{what} is read as {node.tag.removeprefix(TAG)}; {remedy}")
+        return None
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = _construct(key_node, (*where, "<key>"), document, seen)
-            del document.places[(*where, "<key>")]
-            place = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-            if not isinstance(key, str):
-                document.problems.append(
-                    Problem(document.file, *place, f"a key must be text, not {key!r}; put it in quotes")
-                )
-                continue
-            if key in values:
-                document.problems.append(Problem(document.file, *place, f"{key!r} stands here twice; keep one"))
-            document.places[(*where, key)] = place
-            values[key] = _construct(value_node, (*where, key), document, seen)
+            key = _key(key_node, document, seen)
+            if key is not None:
+                if key in values:
+                    place = _place(key_node.start_mark)
+                    document.problems.append(Problem(document.file, *place, f"{key!r} stands here twice; keep one"))
+                document.places[(*where, key)] = _place(key_node.start_mark)
+                values[key] = _construct(value_node, (*where, key), document, seen)
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, (*where, i), document, seen) for i, child in enumerate(node.value)]
-    if node.tag not in SCALARS:
-        document.report(where, f"{node.value!r} is read as {node.tag.rpartition(':')[2]}; put it in quotes")
-        return None
     try:
         value = SafeConstructor().construct_object(node)
-    except (ValueError, OverflowError, yaml.YAMLError):
-        document.report(where, f"{node.value[:40]!r} cannot be read as a number; put it in quotes")
+    except (ValueError, LookupError, yaml.YAMLError):
+        name = node.tag.removeprefix(TAG)
+        document.report(where, f"{node.value[:40]!r} cannot be read as {name}; put it in quotes")
         return None
     if isinstance(value, float) and not math.isfinite(value):
-        document.report(where, f"{node.value!r} is not a finite number")
+        document.report(where, f"{node.value[:40]!r} is not a finite number")
+        return None
+    if isinstance(value, int) and abs(value) >= 2**63:
+        document.report(where, f"{node.value[:40]!r} is too large for a number; put it in quotes")
         return None
     return value
+
+
+def _key(node: yaml.Node, document: Document, seen: Counter[int]) -> str | None:
+    """A mapping's key, None where it is no text; that is a problem then."""
+    seen[id(node)] += 1
+    if isinstance(node, yaml.ScalarNode) and node.tag == TEXT:
+        return str(node.value)
+    what = "this is a collection"
+    if isinstance(node, yaml.ScalarNode):
+        what = f"{node.value[:40]!r} is read as {node.tag.removeprefix(TAG)}: put it in quotes"
+    document.problems.append(Problem(document.file, *_place(node.start_mark), f"a key must be text; {what}"))
+    return None
 
 
 def check(value: Any, kind: Any, where: Where = ()) -> Iterator[tuple[Where, str]]:
@@ -155,12 +217,14 @@ def check(value: Any, kind: Any, where: Where = ()) -> Iterator[tuple[Where, str
     bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if isinstance(bare, type) and issubclass(bare, msgspec.Struct) and isinstance(value, dict):
         fields = {f.encode_name: f for f in msgspec.structs.fields(bare)}
-        for key in value.keys() - fields.keys():
-            yield (*where, key), f"unknown key {key!r}{near(key, fields) or '; known: ' + ', '.join(fields)}"
+        absent = [name for name in fields if name not in value]
+        guesses = {key: near(key, absent) for key in value.keys() - fields.keys()}
+        for key, guess in guesses.items():
+            yield (*where, key), f"unknown key {key!r}{guess or '; known: ' + ', '.join(fields)}"
         for name, spec in fields.items():
             if name in value:
                 yield from check(value[name], spec.type, (*where, name))
-            elif spec.required:
+            elif spec.required and not any(repr(name) in guess for guess in guesses.values()):  # a slip counts once
                 yield where, f"{name!r} is missing; it is a {_describe(spec.type)}"
         return
     try:
@@ -181,8 +245,9 @@ def _explain(value: Any, kind: Any, error: msgspec.ValidationError) -> str:
     literal = _literals(kind)
     if isinstance(value, str) and literal:
         return f"{value!r} is not one of {', '.join(literal)}{near(value, literal)}"
-    shown = value if len(repr(value)) < 60 else repr(value)[:57] + "..."
-    return f"{said[0].lower()}{said[1:]}, got {shown!r}; right is a {_describe(kind)}"
+    said = f"{said[0].lower()}{said[1:]}".partition(" matching regex")[0]
+    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
+    return f"{said}, got {shown}; right is a {_describe(kind)}"
 
 
 def _literals(kind: Any) -> list[str]:
@@ -215,6 +280,7 @@ class Reading:
     """What one pass over the tree has collected.
 
     `named` holds the ids that files stand for, those with an error in them too: a reference to one is not a second error.
+    Where a file of papers cannot be parsed, nobody knows what it names: `unnamed` then stands for any paper.
     """
 
     root: Path
@@ -226,6 +292,7 @@ class Reading:
     survey: dict[str, str] = field(default_factory=dict)
     origin: dict[tuple[str, str], tuple[Document, Where]] = field(default_factory=dict)
     named: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    unnamed: bool = False
 
     def problems(self) -> list[Problem]:
         """All of them, in the order of their places."""
@@ -244,17 +311,22 @@ class Reading:
 
 def files(root: Path) -> list[Path]:
     """All YAML files of a tree, sorted by path."""
-    return sorted(path for pattern in ("*.yaml", "*.yml") for path in root.rglob(pattern))
+    found = (path for pattern in ("*.yaml", "*.yml") for path in root.rglob(pattern))
+    return sorted((path for path in found if not path.is_dir()), key=os.fspath)
 
 
-def read(root: Path, contents: dict[Path, bytes] | None = None) -> Reading:
+def read(root: Path, contents: Mapping[Path, bytes | None] | None = None) -> Reading:
     """Read and check a whole tree; `contents` spares reading files that the caller has read already."""
     reading = Reading(root)
     if contents is None:
-        contents = {path: path.read_bytes() for path in files(root)}
+        contents = dict.fromkeys(files(root))
     for path, content in contents.items():
         relative = path.relative_to(root)
-        document = parse(str(relative), content)
+        try:
+            document = parse(str(relative), path.read_bytes() if content is None else content)
+        except OSError as error:
+            document = Document(str(relative))
+            document.report((), f"the file cannot be read: {error.strerror}; give it back, or remove it")
         reading.documents[str(relative)] = document
         _name(reading, relative, document)
         if not document.problems:
@@ -276,7 +348,9 @@ def _reading_order(reading: Reading, category: str) -> list[tuple[int, str]]:
 def _name(reading: Reading, relative: Path, document: Document) -> None:
     folder, stem = relative.parent.as_posix(), relative.stem
     if folder == "papers":
-        reading.named["papers"].update(map(str, document.value) if isinstance(document.value, dict) else ())
+        whole = isinstance(document.value, dict)
+        reading.named["papers"].update(document.value if whole else ())
+        reading.unnamed |= not whole
     elif stem == "_category":
         reading.named["categories"].add(folder)
     elif folder != ".":
@@ -297,10 +371,12 @@ def _file(reading: Reading, relative: Path, document: Document) -> None:
         else:
             document.report((), f"no file {stem}.yaml is known here; methods stand in a category's folder")
     elif stem == "_category":
-        if _checked(document, document.value, CategoryFile, ()):
+        if not FOLDER.fullmatch(folder):
+            document.report((), f"folder name {folder!r} must be lower-case letters, digits and _, as in low_rank")
+        elif _checked(document, document.value, CategoryFile, ()):
             category = Category(id=folder, **_fields(msgspec.convert(document.value, CategoryFile)))
             _add(reading, "categories", folder, category, document, ())
-    elif not stem.replace("_", "").isalnum() or not stem.isascii() or stem.lower() != stem:
+    elif not STEM.fullmatch(stem):
         document.report(
             (), f"file name {relative.name!r} must be lower-case letters, digits and _, as in mse_clip.yaml"
         )
@@ -355,7 +431,7 @@ def _cross_check(reading: Reading) -> None:
         known = [reading.papers[key] for key in method.papers if key in reading.papers]
         if known:
             method = reading.methods[name] = msgspec.structs.replace(method, year=known[0].posted)
-        _refer(document, ("papers",), method.papers, reading.named["papers"], "paper", "papers/")
+        _refer_to_papers(reading, document, ("papers",), method.papers)
         _check_relations(reading, method, document)
         _check_claims(reading, method, document)
         _check_implementation(reading, method, document)
@@ -374,19 +450,23 @@ def _refer(document: Document, where: Where, names: list[str], known: set[str], 
             document.report((*where, i), f"{kind} {name!r} stands here twice; keep one")
 
 
+def _refer_to_papers(reading: Reading, document: Document, where: Where, names: list[str]) -> None:
+    known = reading.named["papers"] | set(names) if reading.unnamed else reading.named["papers"]
+    _refer(document, where, names, known, "paper", "papers/")
+
+
 def _check_categories(reading: Reading) -> None:
+    named = reading.named["categories"]
+    for document in reading.documents.values():
+        for folder in map(Path.as_posix, Path(document.file).parents):
+            if folder not in named and folder not in (".", "papers"):
+                named.add(folder)  # one problem, however much stands in it or is filed under it
+                document.report((), f"{folder}/_category.yaml is missing; each folder needs one")
     for key, category in reading.categories.items():
         document, _ = reading.origin["categories", key]
-        if category.parent and category.parent not in reading.named["categories"]:
-            document.report((), f"{category.parent}/_category.yaml is missing; each folder above needs one")
         for i, heading in enumerate(category.survey_path):
             if reading.survey and heading not in reading.survey:
                 document.report(("survey_path", i), f"unknown heading {heading!r}{near(heading, reading.survey)}")
-    for kind in ("methods", "frameworks"):
-        for name, entry in getattr(reading, kind).items():
-            if entry.category not in reading.named["categories"]:
-                document, _ = reading.origin[kind, name]
-                document.report((), f"{entry.category}/_category.yaml is missing; each folder needs one")
 
 
 def _check_papers(reading: Reading) -> None:
@@ -417,12 +497,13 @@ def _check_relations(reading: Reading, method: Method, document: Document) -> No
         _refer(document, ("relations", kind), targets, reading.named["methods"], "method", "effllm tree")
         if method.id in targets:
             document.report(("relations", kind, targets.index(method.id)), f"{method.id!r} points at itself; remove it")
-    for i, target in enumerate(method.relations.alternative_to):
-        other = reading.methods.get(target)
-        if other and method.id in other.relations.alternative_to and method.id > target:
-            document.report(
-                ("relations", "alternative_to", i), f"{target!r} says so already; a symmetric relation is declared once"
-            )
+    for kind in SYMMETRIC:
+        for i, target in enumerate(getattr(method.relations, kind)):
+            other = reading.methods.get(target)
+            if other and method.id in getattr(other.relations, kind) and method.id > target:
+                document.report(
+                    ("relations", kind, i), f"{target!r} says so already; a symmetric relation is declared once"
+                )
 
 
 def _check_claims(reading: Reading, method: Method, document: Document) -> None:
@@ -433,14 +514,7 @@ def _check_claims(reading: Reading, method: Method, document: Document) -> None:
         if claim.id in seen:
             document.report(("claims", i, "id"), f"claim {claim.id!r} stands here twice; keep one")
         seen.add(claim.id)
-        _refer(
-            document,
-            ("claims", i, "source", "paper"),
-            [claim.source.paper],
-            reading.named["papers"],
-            "paper",
-            "papers/",
-        )
+        _refer_to_papers(reading, document, ("claims", i, "source", "paper"), [claim.source.paper])
         if claim.expect.above is None and claim.expect.below is None and claim.expect.equals is None:
             document.report(("claims", i, "expect"), "expects nothing; give above, below or equals")
         if not claim.holds and not claim.why:
@@ -492,7 +566,7 @@ def _check_cycles(reading: Reading) -> None:
     for group in networkx.strongly_connected_components(graph):
         if len(group) == 1:
             continue
-        edges = networkx.find_cycle(graph, source=min(group))
+        edges = networkx.find_cycle(graph.subgraph(group), source=min(group))
         name, target = edges[0][:2]
         cycle = " builds on ".join([*(edge[0] for edge in edges), edges[-1][1]])
         document, _ = reading.origin["methods", name]

@@ -12,15 +12,20 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-Line = Annotated[str, Meta(max_length=240, pattern=r"^\S([^\n]*\S)?$", description="One line of text.")]
+# `$` alone would let one line break follow, and `\d` digits of other scripts.
+Line = Annotated[str, Meta(max_length=240, pattern=r"^\S([^\n]*\S)?$(?!\n)", description="One line of text.")]
 Prose = Annotated[str, Meta(min_length=40, description="Paragraphs of Markdown; mathematics as $…$ or $$…$$.")]
-Id = Annotated[str, Meta(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", description="Lower-case letters, digits, hyphens.")]
-CategoryId = Annotated[str, Meta(pattern=r"^[a-z0-9_]+(/[a-z0-9_]+)*$", description="Folders from taxonomy/ down.")]
-Url = Annotated[str, Meta(pattern=r"^https?://[^\s<>\"]+$", description="An http or https address.")]
-ArxivId = Annotated[str, Meta(pattern=r"^\d{4}\.\d{4,5}$", description="arXiv id, quoted, without version.")]
+Id = Annotated[str, Meta(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$(?!\n)", description="Lower-case letters, digits, hyphens.")]
+CategoryId = Annotated[
+    str, Meta(pattern=r"^[a-z0-9_]+(/[a-z0-9_]+)*$(?!\n)", description="Folders from taxonomy/ down.")
+]
+Url = Annotated[str, Meta(pattern=r"^https?://[^\s<>\"]+$(?!\n)", description="An http or https address.")]
+ArxivId = Annotated[
+    str, Meta(pattern=r"^[0-9]{4}\.[0-9]{4,5}$(?!\n)", description="arXiv id, quoted, without version.")
+]
 
 ObjectName = Annotated[
-    str, Meta(pattern=r"^[A-Za-z_][A-Za-z_0-9]*$", description="Object in the mirrored module of refimpl/.")
+    str, Meta(pattern=r"^[A-Za-z_][A-Za-z_0-9]*$(?!\n)", description="Object in the mirrored module of refimpl/.")
 ]
 
 RELATIONS = ("builds_on", "generalizes", "combines", "alternative_to", "composes_with")
@@ -30,11 +35,13 @@ Stage = Literal["data", "pre-training", "fine-tuning", "post-training", "prefill
 def near(name: object, known: Iterable[str]) -> str:
     """`; did you mean 'gptq'?` where a known name is near, and nothing where none is.
 
-    >>> near("gtpq", ["gptq", "awq"])
-    "; did you mean 'gptq'?"
+    Examples:
+        >>> near("gtpq", ["gptq", "awq"])
+        "; did you mean 'gptq'?"
     """
-    matches = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    folded = {candidate.casefold(): candidate for candidate in known}
+    matches = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+    return f"; did you mean {folded[matches[0]]!r}?" if matches else ""
 
 
 class Facets(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,6 +1,8 @@
 """Fixtures every test may use, and the option that collects measured claims."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +11,9 @@ import pytest
 import torch
 
 from refimpl.claims import find, judge
+from tests.small_tree import write
+
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +44,23 @@ class ClaimReport:
 
     def pytest_sessionfinish(self) -> None:
         self.path.write_text(json.dumps(sorted(self.rows, key=lambda row: (row["method"], row["claim"])), indent=1))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as `make site` builds it from what is committed, strict; built once a session."""
+    out = tmp_path_factory.mktemp("site")
+    for command in (["tools.docs"], ["mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]):
+        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture
+def small_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder `taxonomy` of a small valid checkout, to be read or broken; compiled forms go beside it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return write(tmp_path / "checkout")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from markupsafe import Markup
 
 import taxonomy
 from refimpl import results
-from refimpl.views import group_rows, mean_text
+from refimpl.views import group_rows, mean_text, settings_text
 from taxonomy import Category, Facets, Framework, InvalidTaxonomy, Method, Taxonomy
 from taxonomy import graph as graphs
 
@@ -323,39 +323,37 @@ def _yaml_nav(title: str, entries: Sequence[str]) -> str:
 def _table(document: Mapping[str, Any], methods: set[str]) -> dict[str, Any]:
     """An arena's rows as cells of text, the baseline first."""
     rows = []
-    for (name, settings), group in group_rows(document["rows"]).items():
-        if name != document["baseline"] and name not in methods:
-            continue
-        errors = [row["error"] for row in group if row.get("error")]
-        cells = [errors[0]] if errors else [mean_text(group, metric["name"]) for metric in document["metrics"]]
+    for group in group_rows(row for row in document["rows"] if row["method"] in methods | {document["baseline"]}):
+        failed = next((row["error"] for row in group if row.get("error")), None)
+        cells = [failed] if failed else [mean_text(group, metric["name"]) for metric in document["metrics"]]
+        first = group[0]
         rows.append(
-            {"method": name, "settings": settings, "cells": cells, "simulated": group[0].get("simulated", False)}
+            {
+                "method": first["method"],
+                "settings": settings_text(first),
+                "cells": cells,
+                "simulated": first.get("simulated", False),
+            }
         )
     return {"document": document, "rows": rows}
 
 
 def _figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Plotly data: each metric against the others' natural partner, the first metric, one trace a method."""
+    """Plotly data: the first metric against each of the others, one trace a method."""
     first, *others = document["metrics"]
+    groups = [g for g in group_rows(document["rows"]) if not any(row.get("error") for row in g)]
     figures = []
     for metric in others:
         traces: dict[str, dict[str, Any]] = {}
-        for (name, settings), group in group_rows(document["rows"]).items():
-            if any(row.get("error") for row in group):
-                continue
-            trace = traces.setdefault(
-                name, {"name": name, "mode": "markers", "type": "scatter", "x": [], "y": [], "text": []}
-            )
+        for group in groups:
+            name = group[0]["method"]
+            empty = {"name": name, "mode": "markers", "type": "scatter", "x": [], "y": [], "text": []}
+            trace = traces.setdefault(name, empty)
             trace["x"].append(_mean(group, metric["name"]))
             trace["y"].append(_mean(group, first["name"]))
-            trace["text"].append(settings or name)
-        figures.append(
-            {
-                "data": list(traces.values()),
-                "x": f"{metric['name'].replace('_', ' ')} ({metric['unit']})",
-                "y": f"{first['name'].replace('_', ' ')} ({first['unit']})",
-            }
-        )
+            trace["text"].append(settings_text(group[0]) or name)
+        axes = {axis: f"{m['name'].replace('_', ' ')} ({m['unit']})" for axis, m in (("x", metric), ("y", first))}
+        figures.append({"data": list(traces.values()), **axes})
     return figures
 
 

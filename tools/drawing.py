@@ -171,7 +171,7 @@ def _edge(parent: ElementTree.Element, edge: Link, graph: "Graph") -> None:
         "path",
         {
             "class": f"edge rel-{edge.relation}",
-            "d": edge.path + (arrow(*edge.head) if edge.head else ""),
+            "d": edge.path + (arrow(*edge.head) if not edge.head else ""),
             "data-from": edge.source,
             "data-to": edge.target,
             "data-relation": edge.relation,
@@ -230,7 +230,7 @@ def _legend(graph: "Graph", scene: Scene) -> tuple[ElementTree.Element, float]:
     left, top, width, height = scene.box
     size = min(max(11.0, width / 110), 18.0)
     group = ElementTree.Element("g", {"class": "legend"})
-    entries = [(*entry, 4.2 * size + text_width(entry[2], size)) for entry in _entries(graph, scene)]
+    entries = [(*entry, 3.7 * size + text_width(entry[2], size)) for entry in _entries(graph, scene)]
     y = top + height + size
     while entries:
         fits = 1

@@ -132,7 +132,7 @@ def _advance(character: str) -> float:
     if character in WIDE:
         return 0.95
     if character.isascii():
-        return 0.75 if character.isupper() else 0.59
+        return 0.78 if character.isupper() else 0.59
     if unicodedata.combining(character):
         return 0.0
     return 1.0 if unicodedata.east_asian_width(character) in "WF" else 0.8

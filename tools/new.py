@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import taxonomy
+from taxonomy.reader import FRAMEWORKS
 
 KNOWLEDGE = """\
 # Fill in from top to bottom; `effllm check` names what is missing, with its place.
@@ -81,24 +82,28 @@ def scaffold(place: str, root: Path) -> list[Path]:
     """
     category, _, name = place.strip("/").rpartition("/")
     name = name.replace("_", "-")
-    folder = root / "taxonomy" / category
-    if not category or not (folder / "_category.yaml").is_file():
-        known = sorted(
-            p.parent.relative_to(root / "taxonomy").as_posix() for p in (root / "taxonomy").rglob("_category.yaml")
-        )
+    tree = root / "taxonomy"
+    folder = tree / category
+    known = sorted(p.parent.relative_to(tree).as_posix() for p in tree.rglob("_category.yaml"))
+    if category not in known:
         raise ValueError(
             f"no category {category!r}{taxonomy.near(category, known)}; give CATEGORY/ID, as compression/low_rank/svd"
         )
+    if category == FRAMEWORKS:
+        raise ValueError(f"{category} holds frameworks, which have no code here; copy one of its files")
     stem = name.replace("-", "_")
-    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or keyword.iskeyword(stem):
+    title = "".join(word.capitalize() for word in name.split("-"))
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise ValueError(f"id {name!r} must be lower-case letters, digits and single hyphens, and start with a letter")
+    if keyword.iskeyword(stem) or keyword.iskeyword(title):
+        raise ValueError(f"id {name!r} names a module, and is a word of Python; choose another")
     taken = next((p for p in (root / "taxonomy").rglob(f"{stem}.yaml") if p.parent.name != "papers"), None)
     if taken:
         raise ValueError(f"id {name!r} is taken by {taken.relative_to(root)}")
     words = {
         "name": name,
         "id": name,
-        "object": "".join(word.capitalize() for word in name.split("-")),
+        "object": title,
         "module": f"refimpl.{category.replace('/', '.')}.{stem}",
     }
     texts = {

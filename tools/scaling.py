@@ -80,8 +80,9 @@ def _timed(step: Callable[[], Any]) -> tuple[float, Any]:
 def exponent(sizes: list[int], seconds: list[float]) -> float:
     """Slope of log time against log size by least squares: 1 is linear.
 
-    >>> round(exponent([10, 100, 1000], [0.2, 2.0, 20.0]), 3)
-    1.0
+    Examples:
+        >>> round(exponent([10, 100, 1000], [0.2, 2.0, 20.0]), 3)
+        1.0
     """
     x, y = [math.log(n) for n in sizes], [math.log(s) for s in seconds]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)

@@ -114,7 +114,7 @@ function plots(figures) {
 
 document.addEventListener("DOMContentLoaded", () => {
   const filters = document.getElementById("paper-filters");
-  if (filters) papersPage(filters, document.getElementById("papers"));
+  if (filters) papersPage(filters, document.getElementById("paper-list"));
   const graph = document.getElementById("graph-filters");
   if (graph) explorer(graph, document.querySelector("#explorer svg"));
   const figures = document.querySelectorAll(".plot");

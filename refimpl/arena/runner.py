@@ -112,15 +112,7 @@ def store(rows: Sequence[Row], folder: Path, device: str = "cpu") -> list[Path]:
             "baseline": arena.BASELINE,
             "metrics": [metric._asdict() for metric in arena.METRICS],
             "environment": environment(device),
-            "rows": sorted(
-                kept + fresh,
-                key=lambda row: (
-                    row["method"] != arena.BASELINE,
-                    row["method"],
-                    json.dumps(row["settings"]),
-                    row["seed"],
-                ),
-            ),
+            "rows": sorted(kept + fresh, key=lambda row: (row["method"] != arena.BASELINE, row["method"])),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")

@@ -4,7 +4,9 @@ The substrate is synthetic and drawn from the seed: a `[256, 512]` weight whose 
 are correlated (rank-64 signal plus noise), with eight channels 20 times larger than the rest, as trained models have them.
 """
 
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,9 +43,7 @@ def substrate(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def baseline(generator: torch.Generator, device: torch.device) -> dict[str, float]:
     """The weight in bfloat16."""
     weight, inputs = (tensor.to(device) for tensor in substrate(generator))
-    start = time.perf_counter()
-    half = weight.bfloat16()
-    seconds = time.perf_counter() - start
+    half, seconds = _median_time(weight.bfloat16)
     return _figures(weight, inputs, half.float(), half.nbytes, seconds)
 
 
@@ -52,10 +52,19 @@ def measure(
 ) -> dict[str, float]:
     """The weight compressed by `implementation(**settings)`."""
     weight, inputs = (tensor.to(device) for tensor in substrate(generator))
-    start = time.perf_counter()
-    compressed = implementation(**settings)(weight, inputs)
-    seconds = time.perf_counter() - start
+    method = implementation(**settings)
+    compressed, seconds = _median_time(lambda: method(weight, inputs))
     return _figures(weight, inputs, compressed.dense(), compressed.nbytes, seconds)
+
+
+def _median_time(step: Callable[[], Any]) -> tuple[Any, float]:
+    """What a step returns, and its median time over three runs after the first."""
+    value, times = step(), []
+    for _ in range(3):
+        start = time.perf_counter()
+        value = step()
+        times.append(time.perf_counter() - start)
+    return value, statistics.median(times)
 
 
 def _figures(weight: Tensor, inputs: Tensor, dense: Tensor, nbytes: int, seconds: float) -> dict[str, float]:

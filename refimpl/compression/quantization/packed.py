@@ -13,8 +13,9 @@ from refimpl.compression.quantization.affine import Granularity, dequantize, fro
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Flat bytes that hold the codes, `ceil(n / 8) * bits` of them.
 
-    >>> pack(torch.tensor([1, 2, 3, 0, 1, 2, 3, 0], dtype=torch.uint8), 2).tolist()
-    [57, 57]
+    Examples:
+        >>> pack(torch.tensor([1, 2, 3, 0, 1, 2, 3, 0], dtype=torch.uint8), 2).tolist()
+        [57, 57]
     """
     flat = codes.flatten().long()
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
@@ -25,8 +26,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes, uint8.
 
-    >>> unpack(torch.tensor([57, 57], dtype=torch.uint8), 2, 6).tolist()
-    [1, 2, 3, 0, 1, 2]
+    Examples:
+        >>> unpack(torch.tensor([57, 57], dtype=torch.uint8), 2, 6).tolist()
+        [1, 2, 3, 0, 1, 2]
     """
     words = (packed.view(-1, bits).long() << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(
         dim=1, keepdim=True

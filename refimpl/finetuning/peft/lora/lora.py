@@ -1,8 +1,8 @@
 r"""LoRA: train a low-rank change of each weight, and add it to the weight when training is over.
 
 Source: `lora` (arXiv 2106.09685), Eq. (3), Sections 4.1 and 4.2; official code
-microsoft/LoRA@c4593f060e6a368d7bb5af5273b8e42810cdef90, loralib/layers.py; the scale of `rank_stabilized` is from
-arXiv 2312.03732.
+microsoft/LoRA@c4593f060e6a368d7bb5af5273b8e42810cdef90, loralib/layers.py; the scale of `rank_stabilized` is that of
+`rslora` (arXiv 2312.03732).
 Differs from the paper: A is drawn uniformly from $\pm 1/\sqrt{in}$, as the official code and PEFT do (the paper says
 Gaussian); the factors of a layer in half precision are float32, as in PEFT, so that small steps are not rounded away.
 Not here: embeddings and convolutions; trained biases; another rank or scale for single layers; several adapters on one

@@ -1,0 +1,153 @@
+"""The pages, before a builder has seen them."""
+
+import json
+from pathlib import Path
+
+import markdown
+import msgspec
+import pytest
+
+import taxonomy
+from refimpl import results
+from taxonomy.query import Taxonomy
+from taxonomy.schema import Compiled
+from tools import docs
+
+NASTY = (
+    'A <script>alert(1)</script> [x](javascript:alert(2)) <img src=x onerror="alert(3)"> {: onclick="alert(4)" } & done'
+)
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return taxonomy.load()
+
+
+def write(tree, out, documents=None):
+    site = docs.Site(docs.ROOT, out, tree, results.documents() if documents is None else documents)
+    site.write_all()
+    return site
+
+
+def contents(folder: Path):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_entry_has_its_page_at_its_place(tree, tmp_path):
+    """Oracle: the mirror rule. The page of compression/low_rank/svd is survey/compression/low_rank/svd.md."""
+    site = write(tree, tmp_path)
+    expected = {f"survey/{m.path}.md" for m in tree.methods.values()}
+    expected |= {f"survey/{c}/index.md" for c in tree.categories}
+    expected |= {f"survey/{f.category}/{f.id.replace('-', '_')}.md" for f in tree.frameworks.values()}
+    assert expected <= site.kept.keys()
+    assert "survey/compression/quantization/weight_only/mse_clip.md" in site.kept
+
+
+def test_the_same_input_gives_the_same_bytes_and_writes_nothing(tree, tmp_path):
+    first, second = write(tree, tmp_path / "a"), write(tree, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert set(first.kept.values()) == set(second.kept.values()) == {"new"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    again = write(tree, tmp_path / "a")
+    assert set(again.kept.values()) == {"same"}
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*") if path.is_file()}
+
+
+def changed(tree, **entries):
+    """The tree with some entries replaced: `methods={"rtn": {...}}`."""
+    kinds = {name: dict(getattr(tree, name)) for name in Compiled.__struct_fields__}
+    for kind, changes in entries.items():
+        for key, fields in changes.items():
+            kinds[kind][key] = msgspec.structs.replace(kinds[kind][key], **fields)
+    return Taxonomy(tree.root, Compiled(**kinds))
+
+
+def test_only_what_changed_is_written_and_what_is_gone_is_removed(tree, tmp_path):
+    write(tree, tmp_path)
+    (tmp_path / "survey" / "stale.md").write_text("left over")
+    site = write(
+        changed(tree, methods={"rtn": {"when": "Another advice, long enough to be one, for the page."}}), tmp_path
+    )
+    touched = {path for path, state in site.kept.items() if state != "same"}
+    assert touched == {"survey/compression/quantization/weight_only/rtn.md", "data/taxonomy.json"}
+    assert not (tmp_path / "survey" / "stale.md").exists()
+
+
+def test_texts_of_yaml_files_carry_no_html_and_no_link(tree, tmp_path):
+    """Oracle: the rendered page. Every tag of the hostile text arrives as text."""
+    hostile = {"name": NASTY, "summary": NASTY, "idea": NASTY, "when": NASTY}
+    site = write(
+        changed(
+            tree,
+            methods={"gptq": hostile},
+            categories={"compression": {"text": NASTY, "summary": NASTY}},
+            papers={"gptq": {"title": NASTY, "venue": NASTY}},
+        ),
+        tmp_path,
+    )
+    extensions = ["attr_list", "md_in_html", "tables", "pymdownx.superfences", "pymdownx.details", "tools.mathml"]
+    for path in site.kept:
+        if path.endswith(".md"):
+            html = markdown.markdown((tmp_path / path).read_text(), extensions=extensions)
+            for bad in ("<script>alert", "<img src=x", 'onclick="alert', 'href="javascript'):
+                assert bad not in html, f"{bad} in {path}"
+    gptq = (tmp_path / "survey/compression/quantization/weight_only/gptq.md").read_text()
+    assert "alert(1)" in gptq
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("plain *emphasis*", "plain *emphasis*"),
+        ("$a < b$ and a < b", "$a < b$ and a &lt; b"),
+        ("`x[0] < 1` and x[0]", "`x[0] < 1` and x\\[0\\]"),
+        ("$$\\frac{a}{b}$$ {.c}", "$$\\frac{a}{b}$$ \\{.c\\}"),
+        (None, ""),
+    ],
+)
+def test_safe_leaves_formulas_and_code(text, clean):
+    assert docs.safe(text) == clean
+
+
+def test_a_method_that_runs_shows_claims_results_and_oracles(tree, tmp_path):
+    """Oracle: stored documents made up here; each figure must stand on the page, the failed claim with its reason."""
+    rtn = tree.methods["rtn"]
+    claim = msgspec.structs.replace(rtn.claims[0], holds=False, why="it was worse here")
+    documents = {
+        "claims": {
+            "claims": [{"method": "rtn", "claim": claim.id, "value": 0.75, "holds": False}],
+            "environment": {"torch": "9.9"},
+        },
+        "weights": {
+            "arena": "weights",
+            "about": "A layer.",
+            "baseline": "16 bit",
+            "environment": {"torch": "9.9"},
+            "metrics": [{"name": "output_error", "unit": "share", "better": "lower", "exact": True}],
+            "rows": [
+                {"method": "16 bit", "settings": {}, "seed": 0, "figures": {"output_error": 0.001}},
+                {"method": "rtn", "settings": {"bits": 4}, "seed": 0, "figures": {"output_error": 0.11}},
+                {"method": "rtn", "settings": {"bits": 4}, "seed": 1, "figures": {"output_error": 0.13}},
+                {"method": "rtn", "settings": {"bits": 9}, "seed": 0, "figures": {}, "error": "ValueError: no"},
+            ],
+        },
+    }
+    write(changed(tree, methods={"rtn": {"claims": [claim, *rtn.claims[1:]]}}), tmp_path, documents)
+    page = (tmp_path / "survey/compression/quantization/weight_only/rtn.md").read_text()
+    assert "does not hold: it was worse here" in page
+    assert "0.75" in page
+    assert "not yet" in page
+    assert "0.12 ±0.01" in page
+    assert "ValueError: no" in page
+    assert "::: refimpl.compression.quantization.weight_only.rtn" in page
+    assert "torchao's affine primitives" in page
+    assert json.loads((tmp_path / "results/weights.json").read_text()) == documents["weights"]
+    assert (tmp_path / "results/weights.csv").read_text().count("\n") == 5
+
+
+def test_oracles_are_read_from_the_tests_docstrings(tmp_path):
+    """Oracle: by hand."""
+    test = tmp_path / "test_x.py"
+    test.write_text('def test_a():\n    """Oracle: a closed\n    form."""\n\n\ndef test_b():\n    """Other."""\n')
+    assert docs.oracles(test) == ["a closed form."]
+    assert docs.oracles(tmp_path / "absent.py") == []
