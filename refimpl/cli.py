@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import typer
@@ -41,10 +41,15 @@ class Refused(Exception):
 
 
 def main() -> None:
-    """Entry point: every failure is one line, and an exit code."""
+    """Entry point of `effllm`."""
+    run_app(app)
+
+
+def run_app(commands: typer.Typer) -> None:
+    """Run commands so that every failure is one line and an exit code, never a traceback."""
     try:
         try:
-            app()
+            commands()
         finally:
             sys.stdout.flush()
     except InvalidTaxonomy as error:
@@ -264,9 +269,8 @@ def graph(
         relation=relation or [],
         papers=papers,
     )
-    suffixes = {"mmd": "mermaid", "gv": "dot"}
-    kind = format or (suffixes.get(output.suffix[1:], output.suffix[1:]) if output and output.suffix else "mermaid")
-    text = graphs.render(chosen, kind, layout=layout)
+    kind = format or graphs.SUFFIXES.get(output.suffix if output else ".mmd", "svg")
+    text = graphs.render(chosen, cast(graphs.Format, kind), layout=cast(graphs.LayoutName, layout))
     if output is None:
         sys.stdout.write(text + ("" if text.endswith("\n") else "\n"))
     else:

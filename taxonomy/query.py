@@ -98,6 +98,7 @@ class Taxonomy:
         return sorted(self.methods.values(), key=lambda m: (position.get(m.category, 0), m.year, m.id))
 
     def _score(self, method: Method, word: str) -> int:
+        """How well a word fits: 6 for the whole id, 5 for the whole name, down to 1 for the text and 0 for nowhere."""
         titles = " ".join(self.papers[key].title for key in method.papers)
         fields = (
             f"{method.id} {method.name}",
@@ -105,6 +106,8 @@ class Taxonomy:
             f"{method.summary} {titles}",
             f"{method.idea} {method.when}",
         )
+        if word in (method.id, method.name.casefold()):
+            return 6 if word == method.id else 5
         return max((4 - i for i, value in enumerate(fields) if word in value.casefold()), default=0)
 
     def children(self, category: str | None) -> list[Category]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from refimpl.claims import find, judge
+from tests.forest import awkward, entries, grow, make_forest  # noqa: F401 - fixtures
 from tests.small_tree import write
 
 ROOT = Path(__file__).parents[1]

@@ -128,6 +128,7 @@ def check(tree: "Taxonomy", *, measured: Measured | None = None) -> Report:
     problems += _unknown_claims(tree, measured)
     oracles = {m.id for m in tree.methods.values() if m.implemented and _has_oracle(root, m.path, problems)}
     problems += _modules_without_leaf(tree, root)
+    problems += _tests_without_leaf(tree, root)
     rows = _rows(tree, oracles, measured)
     return Report(rows=rows[:-1], total=rows[-1], drift=_drift(tree), problems=problems)
 
@@ -208,6 +209,16 @@ def _modules_without_leaf(tree: "Taxonomy", root: Path) -> Iterator[str]:
             continue
         if not (root / _mirrored_test(path)).exists():
             yield f"refimpl/{path}.py: neither taxonomy/{path}.yaml nor {_mirrored_test(path)} is there; write one of them"
+
+
+def _tests_without_leaf(tree: "Taxonomy", root: Path) -> Iterator[str]:
+    """Tests in a category's folder that neither a leaf nor a module of refimpl/ stands for."""
+    leaves = {method.path for method in tree.methods.values()}
+    for category in tree.categories:
+        for test in sorted((root / "tests" / category).glob("test_*.py")):
+            path = f"{category}/{test.stem.removeprefix('test_')}"
+            if path not in leaves and not (root / "refimpl" / f"{path}.py").exists():
+                yield f"tests/{category}/{test.name}: neither taxonomy/{path}.yaml nor refimpl/{path}.py is there; rename or remove it"
 
 
 def _mirrored_test(path: Path) -> Path:

@@ -220,7 +220,7 @@ class Site:
         for name, schema in taxonomy.json_schemas().items():
             self.put(f"data/schema/{name}.json", json.dumps(schema, indent=1) + "\n")
 
-    def _picture(self, page: str, graph: Any, layout: str) -> Markup:
+    def _picture(self, page: str, graph: Any, layout: graphs.LayoutName) -> Markup:
         def link(node: str) -> str:
             kind, _, key = node.rpartition(":")
             if kind == "category":

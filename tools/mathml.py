@@ -35,7 +35,7 @@ class _Formula(InlineProcessor):
         self.compiled_re = re.compile(pattern, re.DOTALL)
         self.display = display
 
-    def handleMatch(self, m: re.Match[str], data: str) -> tuple[str | Element, int, int]:  # noqa: ARG002, N802
+    def handleMatch(self, m: re.Match[str], data: str) -> tuple[str | Element, int, int]:  # type: ignore[override]  # noqa: ARG002, N802
         return self.md.htmlStash.store(to_mathml(m[1], self.display)), m.start(0), m.end(0)
 
 

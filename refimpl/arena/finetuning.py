@@ -120,7 +120,7 @@ def figures(given: Substrate, method: FineTuning) -> dict[str, float]:
         "trained_parameters": trained,
         "optimizer_bytes": optimizer_bytes,
         "seconds_per_step": seconds / STEPS,
-        "latency_after_merge": _latency_ratio(merged, given.model, given.test.inputs),
+        "latency_after_merge": _latency_ratio(merged, given.model, given.test.inputs[:BATCH]),
     }
 
 

@@ -193,6 +193,17 @@ def test_a_module_needs_a_leaf_or_a_test(repository):
     assert len(repository.check().problems) == 1
 
 
+def test_a_test_in_a_category_needs_what_it_tests(repository):
+    repository.write("tests/b/test_later.py", "")
+    repository.write("tests/a/test_protocol.py", "")
+    repository.write("tests/arena/test_anything.py", "")
+    assert repository.check().problems == []
+    repository.write("tests/a/test_depe.py", "")
+    assert repository.check().problems == [
+        "tests/a/test_depe.py: neither taxonomy/a/depe.yaml nor refimpl/a/depe.py is there; rename or remove it"
+    ]
+
+
 def test_command_fails_below_the_minimum(repository):
     assert repository.run().exit_code == 0
     assert repository.run("--min", "66").exit_code == 0
@@ -219,8 +230,8 @@ def test_a_broken_file_fails_the_check_with_its_place(repository):
     repository.method("b", "later", ["p9"])
     result = repository.run()
     assert result.exit_code == 1
-    assert result.output.splitlines()[0].startswith("b/later.yaml:3:10: unknown paper 'p9'; ")
-    assert json.loads(repository.run("--json").stdout)["failures"]
+    assert isinstance(result.exception, taxonomy.InvalidTaxonomy)  # which the command line prints
+    assert str(result.exception).startswith("b/later.yaml:3:10: unknown paper 'p9'; ")
 
 
 def test_table_fits_a_terminal_and_shows_two_levels(repository):

@@ -71,8 +71,8 @@ def read_adapter(
         config, tensors = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no whole adapter: {error}") from error
-    if config.get("peft_type") != peft_type:
-        raise ValueError(f"{folder}: peft_type={config.get('peft_type')!r} must be {peft_type!r}")
+    if not isinstance(config, dict) or config.get("peft_type") != peft_type:
+        raise ValueError(f"{folder / CONFIG} must say peft_type={peft_type!r}; it says {str(config)[:80]}")
     asked = {
         field: value
         for field, value in config.items()

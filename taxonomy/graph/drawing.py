@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from tools.layout import SYMMETRIC, Decor, Label, Link, Mark, Scene, is_covered, line, number, text_width
+from taxonomy.graph.layout import SYMMETRIC, Decor, Label, Link, Mark, Scene, is_covered, line, number, text_width
 
 if TYPE_CHECKING:
-    from tools.layout import Graph
+    from taxonomy.graph.layout import Graph
 
 ARROW = 7.0
 SITE_DARK = '[data-md-color-scheme="slate"] .effllm-graph'
@@ -75,7 +75,8 @@ RULES = """
 .effllm-graph .kind-category text,.effllm-graph text.family{fill:var(--graph-ink)}
 .effllm-graph .shape{fill:var(--graph-paper);stroke:var(--graph-soft)}
 .effllm-graph .kind-method.covered .shape{fill:var(--graph-covered);stroke:var(--graph-covered)}
-.effllm-graph .kind-method.covered rect.shape+text{fill:var(--graph-paper)}
+.effllm-graph .kind-method.covered rect.shape~text{fill:var(--graph-paper)}
+.effllm-graph .kind-paper.covered rect.shape~text{fill:var(--graph-ink)}
 .effllm-graph .kind-category .shape{fill:var(--graph-faint);stroke:none}
 .effllm-graph .kind-category rect.shape{fill:var(--graph-tint)}
 .effllm-graph .kind-paper .shape{stroke:var(--graph-described_by)}
@@ -171,7 +172,7 @@ def _edge(parent: ElementTree.Element, edge: Link, graph: "Graph") -> None:
         "path",
         {
             "class": f"edge rel-{edge.relation}",
-            "d": edge.path + (arrow(*edge.head) if not edge.head else ""),
+            "d": edge.path + (arrow(*edge.head) if edge.head else ""),
             "data-from": edge.source,
             "data-to": edge.target,
             "data-relation": edge.relation,

@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tools.drawing import RELATION_TEXT
-from tools.layout import SYMMETRIC, is_covered
+from taxonomy.graph.drawing import RELATION_TEXT
+from taxonomy.graph.layout import SYMMETRIC, is_covered
 
 if TYPE_CHECKING:
-    from tools.layout import Graph
+    from taxonomy.graph.layout import Graph
 
 
 def dot(graph: "Graph") -> str:

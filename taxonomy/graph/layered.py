@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tools.layout import (
+from taxonomy.graph.layout import (
     SYMMETRIC,
     TREE_RELATIONS,
     Decor,
@@ -27,16 +27,16 @@ from tools.layout import (
     text_width,
     wrap,
 )
-from tools.ordering import Cell, order, settle
+from taxonomy.graph.ordering import Cell, order, settle
 
 if TYPE_CHECKING:
-    from tools.layout import Graph
+    from taxonomy.graph.layout import Graph
 
 TEXT, PAPER_TEXT, YEAR = 12.0, 10.0, 12.0
 BOX, PAPER_BOX, WAY = 22.0, 18.0, 7.0
 SPACE = 10.0
 GAP = 84.0
-CATEGORY = 132.0
+CATEGORY = 148.0
 LONGEST, LONGEST_PAPER = 220.0, 170.0
 HEAD = 7.0
 
@@ -183,7 +183,7 @@ class _Timeline:
             inner = category in self.parents
             width = CATEGORY - 4 if inner else CATEGORY * self._depths() - left - 4
             name = self.graph.nodes[f"category:{category}"]["name"]
-            lines = wrap(name, TEXT, width - 12, max(1, int((bottom - top) // (TEXT * 1.25))))
+            lines = wrap(name, TEXT, width - 12, max(1, int((bottom - top) // (TEXT * 1.2))))
             x, y = left + width / 2, (top + bottom) / 2
             labels = tuple(
                 Label(text, x, y + (i - (len(lines) - 1) / 2) * TEXT * 1.2, TEXT, "middle")

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tools.layout import BOLD, homes, wrap
+from taxonomy.graph.layout import BOLD, homes, wrap
 
 if TYPE_CHECKING:
-    from tools.layout import Graph
+    from taxonomy.graph.layout import Graph
 
 METHOD = 11.0
 LINE, PAPER_LINE = 13.0, 9.4

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tools.layout import (
+from taxonomy.graph.layout import (
     BOLD,
     SYMMETRIC,
     TREE_RELATIONS,
@@ -28,10 +28,10 @@ from tools.layout import (
     spline,
     text_width,
 )
-from tools.sectors import BESIDE, LINE, METHOD, Sector, sectors
+from taxonomy.graph.sectors import BESIDE, LINE, METHOD, Sector, sectors
 
 if TYPE_CHECKING:
-    from tools.layout import Graph
+    from taxonomy.graph.layout import Graph
 
 PAPER, FAMILY = 8.0, 15.0
 LONGEST_METHOD, LONGEST_PAPER = 180.0, 170.0
@@ -53,6 +53,7 @@ class _Circle:
         self.graph = graph
         self.tops = sectors(graph)
         self.sectors = [sector for top in self.tops for sector in top.walk()]
+        self.by_category = {sector.category: sector for sector in self.sectors}
         self.texts = {node: _text(graph, node) for node in graph}
         self.rings = 2 + max((s.depth for s in self.sectors), default=0)
         widths = [text_width(text, METHOD) * BOLD for s in self.sectors for text in s.heading]
@@ -154,7 +155,7 @@ class _Circle:
         return Mark(node, x, y, dot, labels=(_spoke(self.texts[node], angle, radius + dot / 2 + 4, size, ""),))
 
     def _heading(self, category: str) -> Iterator[Label]:
-        sector = next(s for s in self.sectors if s.category == category)
+        sector = self.by_category[category]
         style = "strong" if sector.depth == 1 else "strong soft"
         for i, text in enumerate(sector.heading):
             yield _spoke(text, self.place[f"{category}:{i}"][0], self.rim - DOT / 2, METHOD, style)
@@ -181,7 +182,9 @@ class _Circle:
             yield Decor("family", arc(radius, start, end))
             if done:
                 yield Decor("family covered", arc(radius, start, start + (end - start) * done / len(methods)))
-            name = self.graph.nodes.get(f"category:{top.category}", {}).get("name", top.category.replace("_", " "))
+            name = self.graph.nodes.get(f"category:{top.category}", {}).get(
+                "name", top.category.replace("_", " ").capitalize()
+            )
             names[top.category] = f"{name}  {done}/{len(methods)}" if methods else name
         for text, angle in _fitted(self.tops, names, radius):
             turned = math.degrees(angle) + (180 if math.pi / 2 < angle % (2 * math.pi) < 1.5 * math.pi else 0)

@@ -118,7 +118,7 @@ def text_width(text: str, size: float) -> float:
     """Width in pixels of text in a sans-serif face, from classes of characters, rather too wide than too narrow.
 
     >>> round(text_width("GPTQ", 10))
-    30
+    31
     """
     return size * sum(map(_advance, text))
 

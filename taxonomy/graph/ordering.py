@@ -4,7 +4,7 @@ from bisect import bisect_right, insort
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from tools.layout import spaced
+from taxonomy.graph.layout import spaced
 
 SWEEPS = 12
 

@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import networkx
 import pytest
 
-from tools.graph import arrange, render, select
-from tools.layout import Label, elide, number, spaced, spline, text_width, wrap
-from tools.ordering import Cell, crossings, order
+from taxonomy.graph import arrange, render, select
+from taxonomy.graph.layout import Label, elide, number, spaced, spline, text_width, wrap
+from taxonomy.graph.ordering import Cell, crossings, order
 
 SVG = "{http://www.w3.org/2000/svg}"
 SIZES = [(5, 0), (40, 0), (110, 0), (200, 480)]
@@ -212,6 +212,8 @@ def test_spaced_is_the_nearest_arrangement(seed):
     assert all(cost(found) <= cost(other) + 1e-9 for other in near)
     assert spaced([], [], 0, 1) == []
     assert spaced([7.0], [2.0], 0, 100) == [7.0]
+    assert spaced([-9.0, -9.0], [4.0, 4.0], 0, 30) == [2.0, 6.0]
+    assert spaced([40.0], [4.0], 0, 30) == [28.0]
 
 
 def test_text_fits_where_it_is_said_to_fit():
