@@ -79,7 +79,7 @@ def method_view(tree: Taxonomy, method: Method) -> RenderableType:
 
 def _prose(text: str) -> Markdown:
     """Markdown whose formulas stand as they are written: as code, since Markdown would take their signs for its own."""
-    return Markdown(re.sub(r"(\$\$?)([^$]+)\1", r"`\2`", text))
+    return Markdown(re.sub(r"(\$\$?)([^$]+)\1", lambda formula: f"`{' '.join(formula[2].split())}`", text))
 
 
 def _facet_table(facets: Facets) -> Table:

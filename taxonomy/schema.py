@@ -39,7 +39,9 @@ def near(name: object, known: Iterable[str]) -> str:
         >>> near("gtpq", ["gptq", "awq"])
         "; did you mean 'gptq'?"
     """
-    folded = {candidate.casefold(): candidate for candidate in known}
+    folded: dict[str, str] = {}
+    for candidate in known:
+        folded.setdefault(candidate.casefold(), candidate)
     matches = difflib.get_close_matches(str(name).casefold(), folded, n=1)
     return f"; did you mean {folded[matches[0]]!r}?" if matches else ""
 

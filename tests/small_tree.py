@@ -72,7 +72,9 @@ FILES = {
         "GPTQ",
         "gptq",
         "  builds_on:\n  - rtn\n  composes_with: [lora]\n",
-        FACETS.replace("calibration: false", "calibration: true").replace("[post-training]", "[post-training, prefill]"),
+        FACETS.replace("calibration: false", "calibration: true").replace(
+            "[post-training]", "[post-training, prefill]"
+        ),
     ),
     AWQ: _method("AWQ", "awq", "  alternative_to:\n  - gptq\n", FACETS[:-1] + ", gqa: true}"),
     LORA: _method("LoRA", "lora", "  generalizes: []\n", FACETS.replace("none", "partial")),
@@ -83,7 +85,10 @@ FILES = {
 
 def write(checkout: Path) -> Path:
     """Write the tree, and the one module that it says is implemented; returns the folder `taxonomy`."""
-    for name, text in {**{f"taxonomy/{name}": text for name, text in FILES.items()}, MODULE: "class RTN:\n    pass\n"}.items():
+    for name, text in {
+        **{f"taxonomy/{name}": text for name, text in FILES.items()},
+        MODULE: "class RTN:\n    pass\n",
+    }.items():
         path = checkout / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

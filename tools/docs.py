@@ -126,7 +126,7 @@ class Site:
         self.page("index.md", "home.md.j2", picture=self._picture("index.md", graphs.select(self.tree), "radial"))
         self.put(
             ".nav.yml",
-            "nav:\n- Home: index.md\n- survey\n- graph.md\n- papers.md\n- results\n- guide\n",
+            "nav:\n- Home: index.md\n- survey\n- graph.md\n- papers.md\n- results\n- guide\n- design.md\n",
         )
 
     def _tree(self) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from typing import Any
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, ParseError, fromstring
 
 from latex2mathml.converter import convert
 from markdown import Markdown
@@ -10,22 +10,31 @@ from markdown.extensions import Extension
 from markdown.inlinepatterns import InlineProcessor
 
 # A single dollar opens only before, and closes only after, something that is no space: prices in prose stay prices.
-DISPLAY, INLINE = r"\$\$(.+?)\$\$", r"(?<![\\$\w])\$(?!\s)([^$]+?)(?<!\s)\$(?![\d$])"
+DISPLAY, INLINE = r"\$\$(.+?)\$\$", r"(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\d$])"
+PARTS = {"mfrac": 2, "mroot": 2, "msub": 2, "msup": 2, "munder": 2, "mover": 2, "msubsup": 3, "munderover": 3}
 
 
 def to_mathml(latex: str, display: str = "inline") -> str:
     """MathML of a formula.
 
     Raises:
-        ValueError: it cannot be converted, or holds a command that the converter does not know.
+        ValueError: it cannot be converted, holds a command that the converter does not know, or lacks an argument.
     """
     try:
         mathml: str = convert(latex.strip(), display=display)
     except Exception as error:  # the converter has no common exception
         raise ValueError(f"formula {latex!r} cannot be converted: {type(error).__name__} {error}") from error
-    unknown = re.search(r">(\\[A-Za-z]+)<", mathml)
+    unknown = re.search(r">(\\[^<]*)<", mathml)
     if unknown:
         raise ValueError(f"formula {latex!r}: unknown command {unknown[1]}")
+    try:
+        parts = list(fromstring(mathml).iter())  # noqa: S314 - it was written here
+    except ParseError as error:
+        raise ValueError(f"formula {latex!r} gives no well-formed MathML: is there a stray & in it?") from error
+    for part in parts:
+        name = part.tag.rpartition("}")[2]
+        if len(part) != PARTS.get(name, len(part)):
+            raise ValueError(f"formula {latex!r}: {name} has {len(part)} parts and needs {PARTS[name]}")
     return mathml
 
 
@@ -44,6 +53,7 @@ class MathML(Extension):
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
         """Called by Python-Markdown."""
+        md.ESCAPED_CHARS.append("$")
         md.inlinePatterns.register(_Formula(DISPLAY, md, "block"), "math-display", 186)
         md.inlinePatterns.register(_Formula(INLINE, md, "inline"), "math-inline", 185)
 

@@ -59,7 +59,7 @@ def synthesize(root: Path, methods: int) -> None:
 def time_steps(methods: int) -> dict[str, float]:
     """Seconds for each step on a tree of that many methods."""
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "taxonomy"
+        root = Path(folder).resolve() / "taxonomy"
         synthesize(root, methods)
         seconds, reading = _timed(lambda: read(root))
         assert not reading.problems(), reading.problems()[:3]
@@ -95,6 +95,8 @@ def main(
 ) -> None:
     """Time validation, loading, graph and search on trees of 1,000 to 100,000 synthetic methods."""
     sizes = [n for n in SIZES if n <= largest]
+    if len(sizes) < 2:
+        raise typer.BadParameter(f"--largest must be at least {SIZES[1]}: an exponent needs two sizes")
     console = Console()
     rows = {n: time_steps(n) for n in track(sizes, "sizes", console=Console(stderr=True), transient=True)}
     table = Table(title="seconds")

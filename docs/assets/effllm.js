@@ -53,8 +53,8 @@ function explorer(form, svg) {
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => { setTimeout(update); view = { ...whole }; show(); });
 
-  const box = svg.viewBox.baseVal;
-  const whole = { x: box.x, y: box.y, width: box.width, height: box.height };
+  const [x0, y0, width, height] = svg.getAttribute("viewBox").split(" ").map(Number);
+  const whole = { x: x0, y: y0, width, height };
   let view = { ...whole };
   const show = () => svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.width} ${view.height}`);
   const point = (x, y) => new DOMPoint(x, y).matrixTransform(svg.getScreenCTM().inverse());

@@ -107,10 +107,7 @@ def adapt(model: M, target: Sequence[str], wrap: Callable[[str, nn.Linear], Adap
     Raises:
         ValueError: no layer matches, one is adapted already, or one has no floating-point weight.
     """
-    wrapped: dict[nn.Module, nn.Module] = {}
-    for name, layer in _matching(model, target).items():
-        if layer not in wrapped:
-            wrapped[layer] = wrap(name, layer)
+    wrapped: dict[nn.Module, nn.Module] = {layer: wrap(name, layer) for name, layer in _matching(model, target).items()}
     model.requires_grad_(False)  # what was wrapped around is not part of the model yet, and trains
     return _replace(model, wrapped)
 

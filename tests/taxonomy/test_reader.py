@@ -705,7 +705,7 @@ def originals():
     found = {}
     for path in files(REAL):
         content = path.read_bytes()
-        found[path] = content if len(content) < 6000 else content[: content.index(b"\n\n", 3000) + 1]
+        found[path] = content if len(content) < 6000 else content[: content.index(b"\n", 4000) + 1]
     return found
 
 

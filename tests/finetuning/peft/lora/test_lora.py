@@ -150,6 +150,7 @@ def test_merging_restores_the_very_layers(generator):
         n: (p.shape, p.dtype) for n, (p, _) in before.items()
     }
     assert torch.equal(model[0].weight, expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(tensor, value) for tensor, value in before.values())  # the base's tensors are not written
     with pytest.raises(ValueError, match="no adapted layer"):
         method.merge(model)
@@ -257,8 +258,9 @@ def test_peft_reads_our_files(architecture, request, generator, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     theirs = PeftModel.from_pretrained(build(), folder).eval()  # a warning would be an error
     assert_close(logits(theirs), logits(ours))
-    again = build()
+    again, state = build(), torch.random.get_rng_state()
     assert LoRA.load(again, folder).dropout == 0.1
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(logits(again), logits(ours))
 
 
@@ -372,6 +374,8 @@ def test_injecting_twice_is_refused():
     for again in (("0",), ("*",)):
         with pytest.raises(ValueError, match="layer '0' is adapted already: merge"):
             LoRA(rank=2, target=again).inject(model)
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        LoRA(rank=2, target=("*base",)).inject(model)  # what is wrapped stands under its own name only
     LoRA(rank=2, target=("1",)).inject(model)  # another layer can be
     assert isinstance(model[1], LoRALinear)
 
