@@ -62,14 +62,9 @@ def method_view(tree: Taxonomy, method: Method) -> RenderableType:
     ]
     parts += [_prose(method.idea), "", Text("When to use it", style="bold"), _prose(method.when), ""]
     parts += [_facet_table(method.facets)]
-    edges = [(kind.replace("_", " "), target) for kind, target in method.relations.items()]
-    edges += [(f"← {kind.replace('_', ' ')}", m.id) for kind, m in tree.related_to(method.id)]
-    if edges:
-        parts += [
-            "",
-            Text("Relations", style="bold"),
-            *(Text.assemble(f"  {kind}  ", (name, "cyan")) for kind, name in edges),
-        ]
+    if related := tree.relations_of(method.id):
+        parts += ["", Text("Relations", style="bold")]
+        parts += [Text.assemble(f"  {kind}  ", (", ".join(m.id for m in ms), "cyan")) for kind, ms in related.items()]
     if method.claims:
         parts += ["", Text("Claims", style="bold")]
         parts += [Text(f"  {c.id}: {c.says} Expected: {c.expect} ({c.source.where})") for c in method.claims]

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import networkx
 
 
+SEEN_FROM_THERE = {"builds_on": "built on by", "generalizes": "special case of", "combines": "part of"}
+
+
 class Taxonomy:
     """Categories, methods, papers and frameworks by id; read-only.
 
@@ -123,6 +126,16 @@ class Taxonomy:
     def related_to(self, method: str) -> list[tuple[str, Method]]:
         """Edges that point at a method, as (relation, the method it comes from)."""
         return [(kind, m) for m in self.methods.values() for kind, target in m.relations.items() if target == method]
+
+    def relations_of(self, method: str) -> dict[str, list[Method]]:
+        """A method's neighbours as a reader would name them, both directions together (`builds on`, `built on by`)."""
+        named: dict[str, list[Method]] = {}
+        for kind, target in self.methods[method].relations.items():
+            named.setdefault(kind.replace("_", " "), []).append(self.methods[target])
+        for kind, other in self.related_to(method):
+            named.setdefault(SEEN_FROM_THERE.get(kind, kind.replace("_", " ")), []).append(other)
+        order = [name for kind in RELATIONS for name in (kind.replace("_", " "), SEEN_FROM_THERE.get(kind))]
+        return {name: sorted(named[name], key=lambda m: (m.year, m.id)) for name in order if name in named}
 
     def graph(self) -> "networkx.MultiDiGraph[str]":
         """Everything as a graph.

@@ -126,7 +126,10 @@ def test_show_a_method(effllm):
         "composes with lora",
     ):
         assert part in words(out)
-    assert "← alternative to awq" in words(out)
+    assert "alternative to awq" in words(out)  # its file says so
+    assert "built on by dora-x, qlora part of qlora alternative to dora-x composes with gptq" in words(
+        effllm("show", "lora")[1]
+    )
     assert "GPTQ: Accurate ICLR 2023 https://example.org/gptq" in words(out)
     assert "gqa" not in out  # a facet without meaning for the method
     out = effllm("show", "rtn")[1]
@@ -554,6 +557,7 @@ def test_everything_is_readable_at_80_columns(effllm, small):
     assert long_id in effllm("tree")[1]
 
 
+@pytest.mark.slow
 def test_every_page_of_the_real_tree_is_readable_at_80_columns():
     """Each method and each category: shown whole, its formulas in the letters of its file."""
     tree = taxonomy.load()

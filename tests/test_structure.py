@@ -180,19 +180,16 @@ def test_substrate_and_arenas_know_no_method(file):
 # Mirrors
 
 
-def test_of(path):
+def its_test(path):
     folder, _, name = path.rpartition("/")
     return ROOT / "tests" / folder / f"test_{name}.py"
-
-
-test_of.__test__ = False  # pytest would collect it by its name
 
 
 @pytest.mark.parametrize("path", sorted(path for path, method in LEAVES.items() if method.impl))
 def test_a_method_that_runs_has_module_and_test(path):
     assert (ROOT / "refimpl" / f"{path}.py").is_file()
-    assert test_of(path).is_file()
-    assert LEAVES[path].impl in test_of(path).read_text(encoding="utf-8")
+    assert its_test(path).is_file()
+    assert LEAVES[path].impl in its_test(path).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("file", family_files())
@@ -200,7 +197,7 @@ def test_a_module_of_a_family_is_a_method_or_is_tested_for_itself(file):
     path = file.removeprefix("refimpl/").removesuffix(".py")
     if path in LEAVES:
         assert LEAVES[path].impl, f"taxonomy/{path}.yaml does not name it: `impl:`"
-    assert test_of(path).is_file()
+    assert its_test(path).is_file()
     assert path.rpartition("/")[0] in READING.named["categories"]
 
 
@@ -219,17 +216,18 @@ def test_families_are_the_folders_of_the_taxonomy():
         assert folders - others - {"taxonomy", "tools"} <= families
 
 
-# A module whose tests stand under another name, and why; a test that does not import it is no test of it.
+# A module whose tests stand under another name, and why.
 ELSEWHERE = {
     "taxonomy/__init__.py": "tests/taxonomy/test_load.py",  # `load` is what it does
+    "taxonomy/graph/__init__.py": "tests/taxonomy/graph/test_graph.py",  # a package's own name
+    "taxonomy/graph/drawing.py": "tests/taxonomy/graph/test_graph.py",  # writers, tested on what they write
+    "taxonomy/graph/exports.py": "tests/taxonomy/graph/test_graph.py",
+    "taxonomy/graph/layered.py": "tests/taxonomy/graph/test_layout.py",  # both layouts meet the same tests
+    "taxonomy/graph/radial.py": "tests/taxonomy/graph/test_layout.py",
+    "taxonomy/graph/ordering.py": "tests/taxonomy/graph/test_layout.py",  # steps of a layout
+    "taxonomy/graph/sectors.py": "tests/taxonomy/graph/test_layout.py",
     "refimpl/views.py": "tests/test_cli.py",  # seen on the terminal
-    "refimpl/arena/protocol.py": "tests/arena/test_runner.py",  # two declarations; the runner reads them
-    "tools/drawing.py": "tests/tools/test_graph.py",  # these draw graphs and are tested on what is drawn
-    "tools/exports.py": "tests/tools/test_graph.py",
-    "tools/layered.py": "tests/tools/test_layout.py",
-    "tools/ordering.py": "tests/tools/test_layout.py",
-    "tools/radial.py": "tests/tools/test_layout.py",
-    "tools/sectors.py": "tests/tools/test_layout.py",
+    "refimpl/arena/protocol.py": "tests/arena/test_runner.py",  # declarations, which the runner reads
 }
 
 
@@ -366,9 +364,8 @@ SHARED = [parsed(file) for file in sources("tests") if "/test_" not in file]
 def test_every_test_can_fail(file):
     functions = [n for n in ast.walk(parsed(file)) if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
     helpers = asserting_helpers([parsed(file), *SHARED]) - {f.name for f in functions}
-    helper_names = {"test_of", "test_file"}  # helpers by the name of what they find
     assert functions
-    assert [f.name for f in functions if f.name not in helper_names and not asserts(f, helpers)] == []
+    assert [f.name for f in functions if not asserts(f, helpers)] == []
 
 
 def test_a_test_without_assertion_would_be_found():

@@ -158,8 +158,9 @@ def _rows(tree: "Taxonomy", oracles: set[str], measured: Measured) -> list[Row]:
 def _above(category: str) -> list[str]:
     """A category, those above it, and the root.
 
-    >>> _above("compression/pruning")
-    ['', 'compression', 'compression/pruning']
+    Examples:
+        >>> _above("compression/pruning")
+        ['', 'compression', 'compression/pruning']
     """
     parts = category.split("/")
     return ["/".join(parts[:i]) for i in range(len(parts) + 1)]

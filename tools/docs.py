@@ -163,7 +163,6 @@ class Site:
             "method.md.j2",
             method=method,
             category=self.tree.categories[method.category],
-            incoming=self.tree.related_to(method.id),
             papers=[self.tree.papers[key] for key in method.papers],
             picture=self._picture(path, around, "layered") if around.number_of_nodes() > 1 else None,
             oracles=oracles(self.root / "tests" / _test_path(method)) if method.implemented else [],

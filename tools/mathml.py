@@ -11,6 +11,7 @@ from markdown.inlinepatterns import InlineProcessor
 
 # A single dollar opens only before, and closes only after, something that is no space: prices in prose stay prices.
 DISPLAY, INLINE = r"\$\$(.+?)\$\$", r"(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\d$])"
+FENCES = {r"\{": "{", r"\}": "}", r"\|": "‖"}  # the converter leaves these as they are after \big and its like
 PARTS = {"mfrac": 2, "mroot": 2, "msub": 2, "msup": 2, "munder": 2, "mover": 2, "msubsup": 3, "munderover": 3}
 
 
@@ -24,6 +25,8 @@ def to_mathml(latex: str, display: str = "inline") -> str:
         mathml: str = convert(latex.strip(), display=display)
     except Exception as error:  # the converter has no common exception
         raise ValueError(f"formula {latex!r} cannot be converted: {type(error).__name__} {error}") from error
+    for sign, meant in FENCES.items():
+        mathml = mathml.replace(f">{sign}<", f">{meant}<")
     unknown = re.search(r">(\\[^<]*)<", mathml)
     if unknown:
         raise ValueError(f"formula {latex!r}: unknown command {unknown[1]}")

@@ -34,7 +34,9 @@ CODE = '''\
 r"""{name}: one line that says what it does.
 
 Source: `key` (arXiv id), equation or algorithm; official code owner/repo@commit, file.
+
 Differs from the paper: none.
+
 Not here: none.
 """
 

@@ -9,17 +9,18 @@ Glossary
 
 A method is a configuration; its calls stand around a training loop of your own:
 
->>> from refimpl.finetuning.peft.lora.lora import LoRA
->>> model, method = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), LoRA(rank=2, target=("*",))
->>> optimizer = torch.optim.AdamW(method.trainable(method.inject(model)).values())
->>> model(torch.ones(4, 5)).sum().backward()
->>> optimizer.step()
->>> method.merge(model)
-Sequential(
-  (0): Linear(in_features=5, out_features=7, bias=True)
-  (1): Tanh()
-  (2): Linear(in_features=7, out_features=3, bias=True)
-)
+Examples:
+    >>> from refimpl.finetuning.peft.lora.lora import LoRA
+    >>> model, method = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), LoRA(rank=2, target=("*",))
+    >>> optimizer = torch.optim.AdamW(method.trainable(method.inject(model)).values())
+    >>> model(torch.ones(4, 5)).sum().backward()
+    >>> optimizer.step()
+    >>> method.merge(model)
+    Sequential(
+      (0): Linear(in_features=5, out_features=7, bias=True)
+      (1): Tanh()
+      (2): Linear(in_features=7, out_features=3, bias=True)
+    )
 
 Invariants, run for every method by `tests/finetuning/test_protocol.py`: training moves what `trainable` names and
 nothing else; with that, the base model and the configuration rebuild the adapted model; `merge` changes no output, and
@@ -92,8 +93,9 @@ def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
 def sizes(layer: nn.Linear) -> tuple[int, int]:
     """A layer's outputs and inputs.
 
-    >>> sizes(nn.Linear(5, 7))
-    (7, 5)
+    Examples:
+        >>> sizes(nn.Linear(5, 7))
+        (7, 5)
     """
     rows, columns = layer.weight.shape
     return (columns, rows) if is_transposed(layer) else (rows, columns)

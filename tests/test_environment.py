@@ -1,0 +1,83 @@
+"""What is stored beside every figure. Oracles: git, `platform`, and torch themselves."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from refimpl import environment as module
+from refimpl.environment import environment
+
+ROOT = Path(__file__).parents[1]
+
+
+def git(*command):
+    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def test_environment_is_that_of_this_process():
+    stamp = environment()
+    assert stamp["commit"] == git("rev-parse", "--short=12", "HEAD")
+    assert stamp["python"] == platform.python_version()
+    assert stamp["torch"] == version("torch")
+    assert stamp["system"] == f"{platform.system()} {platform.machine()}"
+    assert (stamp["cores"], stamp["threads"]) == (os.cpu_count(), torch.get_num_threads())
+    assert stamp["device"] == "cpu"
+    assert stamp["processor"]
+
+
+def test_the_dirty_flag_tells_whether_tracked_files_differ(monkeypatch):
+    """Oracle: git's answers, put in its mouth; files it does not know do not count."""
+    answers = {"status": " M refimpl/cli.py"}
+    asked = []
+
+    def answer(*command):
+        asked.append(command)
+        return answers.get(command[0], "0123456789ab")
+
+    monkeypatch.setattr(module, "_git", answer)
+    assert environment()["dirty"] is True
+    answers["status"] = ""
+    assert environment()["dirty"] is False
+    assert ("status", "--porcelain", "--untracked-files=no") in asked
+
+
+def test_outside_of_git_commit_and_flag_are_unknown(monkeypatch, tmp_path):
+    """No git on the path; and a folder that no repository holds."""
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "x.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert module._git("rev-parse", "HEAD") is None
+    monkeypatch.setenv("PATH", "")
+    stamp = environment()
+    assert (stamp["commit"], stamp["dirty"]) == (None, None)
+
+
+def test_packages_that_are_not_installed_are_left_out(monkeypatch):
+    monkeypatch.setattr(module, "PACKAGES", ("torch", "no-such-package-as-this"))
+    stamp = environment()
+    assert "torch" in stamp
+    assert "no-such-package-as-this" not in stamp
+
+
+def test_processor_where_the_system_does_not_list_it(monkeypatch):
+    """Oracle: `platform.processor`; also where /proc/cpuinfo has no such line, as on some ARM machines."""
+    monkeypatch.setattr(platform, "processor", lambda: "a processor")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "flags : x\nmodel name\t: Some Chip 3000\n")
+    assert module._processor() == "Some Chip 3000"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "flags : x\n")
+    assert module._processor() == "a processor"
+
+    def absent(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    assert module._processor() == "a processor"
+
+
+def test_stamp_is_plain_data():
+    """JSON can hold it: texts, numbers, truths and nothing."""
+    assert all(value is None or isinstance(value, str | int | bool) for value in environment().values())
