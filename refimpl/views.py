@@ -115,25 +115,37 @@ def papers_view(papers: Sequence[Paper]) -> Table:
     return table
 
 
-def claims_view(measured: dict[tuple[str, str], dict[str, Any]], methods: Sequence[Method]) -> Table:
-    """Claims beside what was measured."""
-    table = Table(box=None, pad_edge=False)
-    for name, style in (("claim", "cyan"), ("says", ""), ("expected", "dim"), ("measured", ""), ("", "")):
-        table.add_column(name, style=style, overflow="fold")
+def claims_view(measured: dict[tuple[str, str], dict[str, Any]], methods: Sequence[Method]) -> RenderableType:
+    """Claims beside what was measured, a paragraph each."""
+    parts: list[RenderableType] = []
     for m in methods:
         for c in m.claims:
             row = measured.get((m.id, c.id))
-            value = f"{row['value']:.4g}" if row else "–"
-            verdict = "" if row is None else "[green]holds[/]" if row["holds"] else "[red]does not hold[/]"
-            table.add_row(f"{m.id}/{c.id}", escape(c.says), escape(str(c.expect)), value, verdict)
-    return table
+            verdict = (
+                ("not measured yet", "yellow")
+                if row is None
+                else ("holds", "green")
+                if row["holds"]
+                else ("does not hold", "red")
+            )
+            found = f", measured {row['value']:.4g}" if row else ""
+            parts += [
+                Text.assemble((f"{m.id}/{c.id}", "cyan"), "  ", verdict),
+                Padding(Text(c.says), (0, 0, 0, 2)),
+                Padding(
+                    Text(f"{c.source.paper}, {c.source.where}: expected {c.expect}{found}", style="dim"), (0, 0, 0, 2)
+                ),
+            ]
+            if row and not row["holds"] and c.why:
+                parts.append(Padding(Text(c.why), (0, 0, 0, 2)))
+    return Group(*parts)
 
 
 def figures_view(document: dict[str, Any], methods: set[str]) -> Table:
     """An arena's rows as a table, a column for each setting; means over seeds, with the spread where there is more than one."""
     groups = group_rows(row for row in document["rows"] if row["method"] in methods | {document["baseline"]})
     names = dict.fromkeys(name for rows in groups for name in rows[0]["settings"])
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", style="cyan", no_wrap=True)
     for name in names:
         table.add_column(name.replace("_", " "), justify="right", style="dim")
@@ -141,7 +153,7 @@ def figures_view(document: dict[str, Any], methods: set[str]) -> Table:
         table.add_column(metric["name"].replace("_", " "), justify="right")
     for rows in groups:
         first = rows[0]
-        settings = [escape(str(first["settings"].get(name, ""))) for name in names]
+        settings = [escape(setting_text(first["settings"].get(name, ""))) for name in names]
         failed = next((row["error"] for row in rows if row.get("error")), None)
         cells = ["failed"] if failed else [mean_text(rows, metric["name"]) for metric in document["metrics"]]
         table.add_row(
@@ -163,7 +175,12 @@ def group_rows(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def settings_text(row: dict[str, Any]) -> str:
     """`bits 4, group size 128`."""
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["settings"].items())
+    return ", ".join(f"{name.replace('_', ' ')} {setting_text(value)}" for name, value in row["settings"].items())
+
+
+def setting_text(value: Any) -> str:
+    """A setting's value; the items of a list stand side by side."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def mean_text(rows: Sequence[dict[str, Any]], metric: str) -> str:

@@ -354,7 +354,7 @@ def test_claims(effllm, folders):
     code, out, _ = effllm("claims")
     assert code == 0
     assert "rtn/error-bound" in out
-    assert "–" in out
+    assert "not measured yet" in out
     (folders / "committed_folder").mkdir()
     measured = {"claims": [{"method": "rtn", "claim": "error-bound", "value": 0.123456, "holds": True}]}
     (folders / "committed_folder/claims.json").write_text(json.dumps(measured))
@@ -468,7 +468,7 @@ def test_new(effllm, small):
         (["new", "compresion/x"], 1, "no category 'compresion'; did you mean 'compression'?"),
         (["new", "x"], 1, "no category ''; give CATEGORY/ID"),
         (["new", "compression/Not Good"], 1, "id 'Not Good' must be lower-case letters, digits and single hyphens"),
-        (["new", f"{LAYERS}/gptq"], 1, f"id 'gptq' is taken by taxonomy/{GPTQ}"),
+        (["new", f"{LAYERS}/rtn"], 1, f"id 'rtn' is taken by taxonomy/{LAYERS}/rtn.yaml"),
         (["search", "--year", "soon"], 2, "--year"),
         (["papers", "--year", "soon"], 2, "--year"),
         (["tree", "--depth", "0"], 2, "--depth"),

@@ -21,6 +21,9 @@ relations: {{}}  # builds_on, generalizes, combines, alternative_to, composes_wi
 idea: ""  # two or three short paragraphs in our own words, with the central equations ($…$)
 when: ""  # where it is the right choice, and where it is not
 facets: {{}}  # stage, training, calibration, exact, frees_memory, changes_architecture
+"""
+
+FOR_CODE = """\
 impl: {object}
 claims:
 - id: first-claim
@@ -74,6 +77,8 @@ def test_claim(claim):
 def scaffold(place: str, root: Path) -> list[Path]:
     """Write the three files of a method and return their paths.
 
+    A method that is described already, without code, keeps its YAML file; what code needs there is added at the end.
+
     Args:
         place: category and id, `compression/low_rank/svd`.
         root: the checkout.
@@ -100,7 +105,10 @@ def scaffold(place: str, root: Path) -> list[Path]:
     if keyword.iskeyword(stem) or keyword.iskeyword(title):
         raise ValueError(f"id {name!r} names a module, and is a word of Python; choose another")
     taken = next((p for p in (root / "taxonomy").rglob(f"{stem}.yaml") if p.parent.name != "papers"), None)
-    if taken:
+    described = taken == folder / f"{stem}.yaml" and not re.search(
+        r"^impl\s*:", taken.read_text(encoding="utf-8"), re.M
+    )
+    if taken and not described:
         raise ValueError(f"id {name!r} is taken by {taken.relative_to(root)}")
     words = {
         "name": name,
@@ -108,15 +116,17 @@ def scaffold(place: str, root: Path) -> list[Path]:
         "object": title,
         "module": f"refimpl.{category.replace('/', '.')}.{stem}",
     }
+    knowledge = folder / f"{stem}.yaml"
+    before = knowledge.read_text(encoding="utf-8").rstrip() + "\n" if described else KNOWLEDGE.format(**words)
     texts = {
-        folder / f"{stem}.yaml": KNOWLEDGE,
-        root / "refimpl" / category / f"{stem}.py": CODE,
-        root / "tests" / category / f"test_{stem}.py": TEST,
+        knowledge: before + FOR_CODE.format(**words),
+        root / "refimpl" / category / f"{stem}.py": CODE.format(**words),
+        root / "tests" / category / f"test_{stem}.py": TEST.format(**words),
     }
     for path in texts:
-        if path.exists():
+        if path.exists() and not (described and path == knowledge):
             raise FileExistsError(f"{path} stands already; nothing was written")
-    for path, template in texts.items():
+    for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(template.format(**words), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     return list(texts)

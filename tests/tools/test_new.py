@@ -116,9 +116,8 @@ def test_the_test_fails(checkout):
         ("../taxonomy/compression/x", "no category '../taxonomy/compression'"),
         ("compression/../finetuning/x", "no category 'compression/../finetuning'"),
         ("systems/frameworks/x", "systems/frameworks holds frameworks, which have no code here; copy one of its files"),
-        (f"{LAYERS}/gptq", f"id 'gptq' is taken by taxonomy/{GPTQ}"),
+        (f"{LAYERS}/rtn", f"id 'rtn' is taken by taxonomy/{LAYERS}/rtn.yaml"),
         ("finetuning/gptq", f"id 'gptq' is taken by taxonomy/{GPTQ}"),
-        ("finetuning/dora_x", "id 'dora-x' is taken by taxonomy/finetuning/dora_x.yaml"),
         ("finetuning/Dora", "id 'Dora' must be lower-case letters, digits and single hyphens, and start with a letter"),
         ("finetuning/a b", "id 'a b' must be"),
         ("finetuning/a--b", "id 'a--b' must be"),
@@ -148,6 +147,19 @@ def test_a_file_that_stands_already_is_left_alone(checkout, stands):
     with pytest.raises(FileExistsError, match=r"hqq\.py stands already; nothing was written"):
         scaffold(f"{LAYERS}/hqq", checkout)
     assert snapshot(checkout) == before
+
+
+def test_a_method_that_is_described_gets_its_code(checkout):
+    """Oracle: the file before. What stands in it stays; what is added names the places that are still empty."""
+    knowledge = checkout / "taxonomy" / GPTQ
+    before = knowledge.read_text(encoding="utf-8")
+    written = scaffold(f"{LAYERS}/gptq", checkout)
+    assert written[0] == knowledge
+    assert knowledge.read_text(encoding="utf-8").startswith(before.rstrip() + "\nimpl: Gptq\nclaims:\n")
+    assert all(path.is_file() for path in written)
+    problems = taxonomy.validate(checkout / "taxonomy")
+    assert {p.file for p in problems} == {GPTQ}
+    assert all(p.line > before.count("\n") for p in problems)
 
 
 def test_twice_is_refused(checkout):
