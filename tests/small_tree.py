@@ -83,6 +83,19 @@ FILES = {
 }
 
 
+# What fills the empty places of a scaffolded YAML file, from top to bottom.
+FILLED = {
+    'summary: ""': "summary: Does what it says.",
+    "papers: []": "papers: [awq]",
+    'idea: ""': f"idea: {PROSE}",
+    'when: ""': f"when: {PROSE}",
+    "facets: {}": "facets: {stage: [post-training], training: none, calibration: false, exact: false, frees_memory: true, changes_architecture: false}",
+    'says: ""': "says: It is better than rounding.",
+    '{paper: "", where: ""}': "{paper: awq, where: Table 4}",
+    "{unit: ratio}": "{unit: ratio, below: 1.0}",
+}
+
+
 def write(checkout: Path) -> Path:
     """Write the tree, and the one module that it says is implemented; returns the folder `taxonomy`."""
     for name, text in {

@@ -606,8 +606,9 @@ def test_figures_are_means_over_seeds_with_their_spread():
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """For processes of their own: 80 columns, and the real tree compiled in a cache of the tests."""
-    variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "80"}
+    """For processes of their own: 80 columns, output buffered as usual, the real tree compiled in a cache of the tests."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    variables = {**os.environ, "XDG_CACHE_HOME": cache, "COLUMNS": "80", "PYTHONUNBUFFERED": ""}
     subprocess.run(
         [sys.executable, "-m", "refimpl.cli", "tree"], cwd=ROOT, env=variables, capture_output=True, check=True
     )

@@ -76,6 +76,16 @@ def test_find_on_the_small_tree(tree, conditions, found):
     assert ids(tree.find(**conditions)) == found
 
 
+def test_a_category_is_not_found_by_the_start_of_its_name(tree):
+    """`fine` and `finetuning` are two folders."""
+    compiled = tree_of(tree)
+    compiled.categories["fine"] = msgspec.structs.replace(compiled.categories["finetuning"], id="fine")
+    compiled.methods["lora"] = msgspec.structs.replace(compiled.methods["lora"], category="fine")
+    both = Taxonomy(tree.root, compiled)
+    assert ids(both.find(category="fine")) == ["lora"]
+    assert ids(both.find(category="finetuning")) == ["dora-x", "qlora"]
+
+
 def brute(real, conditions):
     """The same question, put to the YAML files' own values."""
     found = set()

@@ -76,6 +76,12 @@ def test_near(name, known, said):
     assert near(name, known) == said
 
 
+def test_nothing_that_was_measured_is_no_number():
+    """Also where no bound is given, which the reader refuses."""
+    assert Expect(unit="x").met_by(0.0)
+    assert not Expect(unit="x").met_by(math.nan)
+
+
 @pytest.mark.parametrize(
     ("bounds", "met", "missed", "text"),
     [

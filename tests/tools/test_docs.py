@@ -11,9 +11,12 @@ from mkdocs.utils.meta import get_data
 
 import taxonomy
 from refimpl import results
+from refimpl.arena.runner import cells
 from taxonomy.query import Taxonomy
 from taxonomy.schema import Compiled
+from tests.small_tree import FILLED, LAYERS
 from tools import docs
+from tools.new import scaffold
 
 NASTY = (
     'A <script>alert(1)</script> [x](javascript:alert(2)) <img src=x onerror="alert(3)"> {: onclick="alert(4)" } & done'
@@ -171,3 +174,34 @@ def test_oracles_are_read_from_the_tests_docstrings(tmp_path):
     test.write_text('def test_a():\n    """Oracle: a closed\n    form."""\n\n\ndef test_b():\n    """Other."""\n')
     assert docs.oracles(test) == ["a closed form."]
     assert docs.oracles(tmp_path / "absent.py") == []
+
+
+def test_from_scaffold_to_page_with_no_other_edit(small_tree, tmp_path):
+    """Three files are written and filled; page, menu, tables, graph, exports and arena have the method."""
+    checkout = small_tree.parent
+    knowledge, code, test = scaffold(f"{LAYERS}/half-quadratic", checkout)
+    text = knowledge.read_text()
+    for empty, filled in FILLED.items():
+        text = text.replace(empty, filled)
+    knowledge.write_text(text.replace("arena: {}", "arena: {weights: {bits: [2, 4]}}"))
+    code.write_text('"""HQ."""\n\n\nclass HalfQuadratic:\n    """Computes it."""\n')
+    test.write_text('def test_it():\n    """Oracle: a closed form of its own."""\n')
+
+    tree = taxonomy.load(small_tree)
+    site = docs.Site(checkout, tmp_path / "site", tree, {})
+    site.write_all()
+    page = (site.out / "survey" / LAYERS / "half_quadratic.md").read_text()
+    assert "Does what it says." in page
+    assert "a closed form of its own." in page
+    assert "It is better than rounding." in page
+    assert "$ effllm run half-quadratic" in page
+    assert "- half_quadratic.md" in (site.out / "survey" / LAYERS / ".nav.yml").read_text()
+    for listing in (
+        f"survey/{LAYERS}/index.md",
+        "survey/index.md",
+        "results/claims.md",
+        "graph.md",
+        "data/methods.csv",
+    ):
+        assert "half" in (site.out / listing).read_text().lower(), listing
+    assert [cell.settings for cell in cells([tree.methods["half-quadratic"]])] == [{}, {"bits": 2}, {"bits": 4}]

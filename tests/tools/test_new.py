@@ -7,19 +7,8 @@ import sys
 import pytest
 
 import taxonomy
-from tests.small_tree import GPTQ, LAYERS, PROSE
+from tests.small_tree import FILLED, GPTQ, LAYERS
 from tools.new import scaffold
-
-FILLED = {
-    'summary: ""': "summary: Does what it says.",
-    "papers: []": "papers: [awq]",
-    'idea: ""': f"idea: {PROSE}",
-    'when: ""': f"when: {PROSE}",
-    "facets: {}": "facets: {stage: [post-training], training: none, calibration: false, exact: false, frees_memory: true, changes_architecture: false}",
-    'says: ""': "says: It is better than rounding.",
-    '{paper: "", where: ""}': "{paper: awq, where: Table 4}",
-    "{unit: ratio}": "{unit: ratio, below: 1.0}",
-}
 
 
 @pytest.fixture
