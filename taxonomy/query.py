@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import networkx
 
 
+JOURNALS = ("AI Open", "JMLR", "Psychometrika", "TACL", "TMLR", "VLDB")
+UNREVIEWED = ("arXiv", "Blog", "GitHub", "Website")
 SEEN_FROM_THERE = {"builds_on": "built on by", "generalizes": "special case of", "combines": "part of"}
 
 
@@ -272,10 +274,11 @@ def _bibtex(paper: Paper) -> str:
     if paper.authors:
         fields["author"] = " and ".join(author.translate(SPECIAL) for author in paper.authors)
     fields["year"] = str(paper.year)
-    preprint = paper.venue.casefold() in ("arxiv", "blog")
-    kind = "misc" if preprint else "inproceedings"
-    if not preprint:
-        fields["booktitle"] = paper.venue.translate(SPECIAL)
+    kind, place = ("misc", None) if paper.venue in UNREVIEWED else ("inproceedings", "booktitle")
+    if paper.venue in JOURNALS:
+        kind, place = "article", "journal"
+    if place:
+        fields[place] = paper.venue.translate(SPECIAL)
     if paper.arxiv:
         fields |= {"eprint": paper.arxiv, "archivePrefix": "arXiv"}
     fields["url"] = paper.url

@@ -51,6 +51,8 @@ HINTS = {
 }
 BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what YAML takes for the end of a line
 DEEPEST = 100
+# Plain scalars that YAML 1.1 reads otherwise than they look: 1e-3 and 1:30.
+TRAPS = re.compile(r"(?P<power>[-+]?\d+[eE][-+]?\d+)|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 Where = tuple[str | int, ...]
 
@@ -182,6 +184,10 @@ def _construct(node: yaml.Node, where: Where, document: Document, seen: Counter[
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, (*where, i), document, seen) for i, child in enumerate(node.value)]
+    if isinstance(node, yaml.ScalarNode) and not node.style and (trap := TRAPS.fullmatch(node.value)):
+        read = "text, not a number; write 1.0e-3" if trap["power"] else "a number to the base 60; put it in quotes"
+        document.report(where, f"{node.value!r} is read as {read}")
+        return None
     try:
         value = SafeConstructor().construct_object(node)
     except (ValueError, LookupError, yaml.YAMLError):

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,23 @@ def run_cell(cell: Cell, device: str = "cpu") -> Row:
     )
     try:
         if cell.method is None:
-            row.figures = arena.baseline(generator, torch.device(device))
+            figures = arena.baseline(generator, torch.device(device))
         else:
-            row.figures = arena.measure(cell.method.load(), cell.settings, generator, torch.device(device))
+            figures = arena.measure(cell.method.load(), cell.settings, generator, torch.device(device))
+        row.figures = _complete(figures, arena)
     except Exception as error:  # a cell is somebody's method: whatever it raises is its result
         row.error = f"{type(error).__name__}: {error}"
     return row
+
+
+def _complete(figures: dict[str, float], arena: Arena) -> dict[str, float]:
+    """The figures, if they are those that the arena promises and all of them are numbers."""
+    promised = [metric.name for metric in arena.METRICS]
+    if sorted(figures) != sorted(promised):
+        raise ValueError(f"figures {sorted(figures)} are not the arena's {sorted(promised)}")
+    if broken := [name for name, value in figures.items() if not math.isfinite(value)]:
+        raise ValueError(f"{broken[0]} is {figures[broken[0]]}, not a number that could be compared")
+    return figures
 
 
 def run(todo: Sequence[Cell], device: str = "cpu", done: Callable[[Row], None] = lambda _: None) -> list[Row]:

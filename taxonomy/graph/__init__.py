@@ -186,6 +186,8 @@ def render(
         raise ValueError(
             f"unknown format {format!r}{near(format, get_args(Format))}; known: {', '.join(get_args(Format))}"
         )
+    if layout not in get_args(LayoutName):
+        raise ValueError(f"unknown layout {layout!r}{near(layout, get_args(LayoutName))}; known: auto, layered, radial")
     clean = _clean(graph)
     if format == "svg":
         return svg(clean, arrange(clean, layout), link, title)

@@ -66,3 +66,20 @@ def test_stored_rows_carry_the_environment_and_keep_other_methods(rtn, tmp_path)
 def test_an_unknown_arena_is_named(name):
     with pytest.raises(ValueError, match="unknown arena"):
         runner.open_arena(name)
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"output_error": 1.0}, "are not the arena's"),
+        (
+            dict.fromkeys(("output_error", "weight_error", "bytes", "compression", "seconds"), float("nan")),
+            "output_error is nan",
+        ),
+    ],
+)
+def test_figures_that_cannot_be_compared_are_an_error(rtn, monkeypatch, figures, said):
+    monkeypatch.setattr(runner.open_arena("weights"), "measure", lambda *args: figures)
+    row = runner.run_cell(runner.Cell(arena="weights", method=rtn, settings={}, seed=0))
+    assert said in row.error
+    assert row.figures == {}

@@ -747,3 +747,18 @@ def test_trees_with_many_broken_files(small_tree):
 
 def test_the_real_tree_is_valid():
     assert [str(p) for p in taxonomy.validate()] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("1e-3", "'1e-3' is read as text, not a number; write 1.0e-3"),
+        ("1:30", "'1:30' is read as a number to the base 60; put it in quotes"),
+    ],
+)
+def test_numbers_that_yaml_reads_otherwise_are_refused(value, said):
+    """Oracle: safe_load gives text for the one and 90 for the other; in quotes, both are what they look."""
+    document = parse("x.yaml", f"arena: {{weights: {{rate: [{value}]}}}}".encode())
+    assert [(p.line, p.column, p.message) for p in document.problems] == [(1, 26, said)]
+    assert not parse("x.yaml", f"rate: '{value}'".encode()).problems
+    assert parse("x.yaml", b"rate: [1.0e-3, 12]").value == {"rate": [0.001, 12]}
