@@ -4,7 +4,8 @@ PYTHON ?= python3
 # Where pip finds a CPU build of torch, if the default index would bring a CUDA one:
 #   make site TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-export NO_MKDOCS_2_WARNING := 1 # the builder is pinned, and the site is tested with its successor too
+# The builder is pinned, and the site is tested with its successor too: no need to be told each time.
+export NO_MKDOCS_2_WARNING := 1
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CHROMIUM := $(firstword $(shell command -v chromium chromium-browser google-chrome 2>/dev/null))

@@ -256,6 +256,7 @@ def graph(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; its suffix gives the format.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """The graph of methods, drawn or exported."""
     from taxonomy import graph as graphs
@@ -269,7 +270,10 @@ def graph(
         relation=relation or [],
         papers=papers,
     )
-    kind = format or graphs.SUFFIXES.get(output.suffix if output else ".mmd", "svg")
+    suffix = output.suffix if output else ".mmd"
+    kind = "json" if as_json else format or graphs.SUFFIXES.get(suffix)
+    if kind is None:
+        raise Refused(f"--output {str(output)!r}: its suffix names no format; known: {', '.join(graphs.SUFFIXES)}")
     text = graphs.render(chosen, cast(graphs.Format, kind), layout=cast(graphs.LayoutName, layout))
     if output is None:
         sys.stdout.write(text + ("" if text.endswith("\n") else "\n"))
@@ -431,13 +435,18 @@ def _progress(total: int) -> Iterator[Any]:
 def new(
     place: Annotated[str, typer.Argument(metavar="CATEGORY/ID", help="As `compression/low_rank/svd`.")],
     root: Annotated[Path, typer.Option(help="The checkout to write into.")] = CHECKOUT,
+    as_json: Json = False,
 ) -> None:
     """The three files of a new method, failing until they are filled."""
     try:
         from tools.new import scaffold
     except ModuleNotFoundError as error:
         raise Refused("`effllm new` works in a checkout of the repository, not from the wheel") from error
-    for path in scaffold(place, root):
+    written = scaffold(place, root)
+    if as_json:
+        _json([str(path) for path in written])
+        return
+    for path in written:
         out.print(f"wrote {path}")
     out.print("Fill them from top to bottom; `effllm check` and the test say what is missing.")
 

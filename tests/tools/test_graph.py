@@ -47,6 +47,7 @@ def test_the_suffix_names_the_format(command, tmp_path):
             ["--format", "swg"],
             "error: unknown format 'swg'; did you mean 'svg'?; known: svg, dot, mermaid, graphml, json",
         ),
+        (["--output", "tree.png"], "error: --output 'tree.png': its suffix names no format; known: .svg, .dot"),
         (["--output", "/nowhere/at/all.svg"], "error: [Errno 2] No such file or directory: '/nowhere/at/all.svg'"),
     ],
 )
