@@ -185,8 +185,10 @@ def _construct(node: yaml.Node, where: Where, document: Document, seen: Counter[
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, (*where, i), document, seen) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode) and not node.style and (trap := TRAPS.fullmatch(node.value)):
-        read = "text, not a number; write 1.0e-3" if trap["power"] else "a number to the base 60; put it in quotes"
-        document.report(where, f"{node.value!r} is read as {read}")
+        mantissa, _, power = node.value.lower().partition("e")
+        number = f"write {mantissa}.0e{'' if power[:1] in '+-' else '+'}{power}, or"
+        meant = f"text; {number} put it in quotes" if trap["power"] else "a number to the base 60; put it in quotes"
+        document.report(where, f"{node.value[:40]!r} is read as {meant}")
         return None
     try:
         value = SafeConstructor().construct_object(node)

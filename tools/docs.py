@@ -202,7 +202,8 @@ class Site:
             )
             self.put(f"results/{name}.json", json.dumps(document, indent=1) + "\n")
             self.put(f"results/{name}.csv", _csv(document))
-        self.page("results/index.md", "results.md.j2", arenas=arenas, claims=claims)
+        scaling = self.documents.get("scaling")
+        self.page("results/index.md", "results.md.j2", arenas=arenas, claims=claims, scaling=scaling)
         self.put(
             "results/.nav.yml", _yaml_nav("Results", ["index.md", "claims.md", *(f"{name}.md" for name in arenas)])
         )

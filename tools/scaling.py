@@ -113,6 +113,7 @@ def main(
         from refimpl.environment import environment
 
         document = {"environment": environment(), "seconds": rows, "exponent": fitted}
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -752,7 +752,7 @@ def test_the_real_tree_is_valid():
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("1e-3", "'1e-3' is read as text, not a number; write 1.0e-3"),
+        ("1e-3", "'1e-3' is read as text; write 1.0e-3, or put it in quotes"),
         ("1:30", "'1:30' is read as a number to the base 60; put it in quotes"),
     ],
 )
