@@ -262,7 +262,7 @@ def test_the_list_of_methods_is_whole():
 
 
 def test_every_method_of_the_survey_stands_in_its_category():
-    """Oracle: the mission's list. There may be more; none may be missing or elsewhere."""
+    """Oracle: the list of methods that this survey promises. There may be more; none may be missing or elsewhere."""
     stands = {name: method.category for name, method in READING.methods.items()}
     assert {name: (place, stands.get(name)) for name, place in PLACES.items() if stands.get(name) != place} == {}
 
