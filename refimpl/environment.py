@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).parent
 PACKAGES = ("effllm", "torch", "numpy", "transformers", "peft")
 
 
@@ -15,7 +16,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     import torch
 
     stamp: dict[str, Any] = {"commit": _git("rev-parse", "--short=12", "HEAD")}
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    others = (":(top)", ":(top,exclude)docs/results")  # all but what this stamp is written into
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", *others)
     stamp["dirty"] = None if status is None else bool(status)
     stamp["python"] = platform.python_version()
     for name in PACKAGES:
@@ -34,9 +36,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 def _git(*command: str) -> str | None:
     """Output of a git command in this checkout; None outside of one."""
     try:
-        done = subprocess.run(
-            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
-        )
+        done = subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

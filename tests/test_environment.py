@@ -30,20 +30,22 @@ def test_environment_is_that_of_this_process():
     assert stamp["processor"]
 
 
-def test_the_dirty_flag_tells_whether_tracked_files_differ(monkeypatch):
-    """Oracle: git's answers, put in its mouth; files it does not know do not count."""
-    answers = {"status": " M refimpl/cli.py"}
-    asked = []
-
-    def answer(*command):
-        asked.append(command)
-        return answers.get(command[0], "0123456789ab")
-
-    monkeypatch.setattr(module, "_git", answer)
-    assert environment()["dirty"] is True
-    answers["status"] = ""
+def test_the_dirty_flag_tells_whether_tracked_files_differ(monkeypatch, tmp_path):
+    """Oracle: git itself, in a small repository. Files it does not know do not count, nor those that results are written to."""
+    results, code = tmp_path / "docs/results/weights.json", tmp_path / "refimpl/rtn.py"
+    for path in (results, code):
+        path.parent.mkdir(parents=True)
+        path.write_text("before")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-C", str(tmp_path)]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(module, "HERE", code.parent)
     assert environment()["dirty"] is False
-    assert ("status", "--porcelain", "--untracked-files=no") in asked
+    (tmp_path / "new.py").write_text("unknown to git")
+    results.write_text("after")
+    assert environment()["dirty"] is False
+    code.write_text("after")
+    assert environment()["dirty"] is True
 
 
 def test_outside_of_git_commit_and_flag_are_unknown(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Integers of 1 to 8 bits, stored in that many bits, and the weight that is made of them.
 
-Eight codes fill `bits` whole bytes, whatever `bits` is: they are shifted into one 64-bit word, whose low bytes are kept.
+Eight codes fill `bits` whole bytes, whatever `bits` is: code i of the eight begins at bit `i * bits`, and spills into the
+next byte where it does not fit into this one.
 """
 
 import torch
@@ -17,10 +18,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         >>> pack(torch.tensor([1, 2, 3, 0, 1, 2, 3, 0], dtype=torch.uint8), 2).tolist()
         [57, 57]
     """
-    flat = codes.flatten().long()
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    words = (flat << torch.arange(0, 8 * bits, bits, device=flat.device)).sum(dim=1, keepdim=True)
-    return (words >> torch.arange(0, 8 * bits, 8, device=flat.device)).bitwise_and_(255).to(torch.uint8).flatten()
+    flat = codes.flatten().to(torch.uint8)
+    eights = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    packed = eights.new_zeros(len(eights), bits)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        packed[:, byte] |= eights[:, i] << shift
+        if shift + bits > 8:
+            packed[:, byte + 1] |= eights[:, i] >> (8 - shift)
+    return packed.flatten()
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -30,11 +36,14 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         >>> unpack(torch.tensor([57, 57], dtype=torch.uint8), 2, 6).tolist()
         [1, 2, 3, 0, 1, 2]
     """
-    words = (packed.view(-1, bits).long() << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(
-        dim=1, keepdim=True
-    )
-    shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
-    return (words >> shifts).bitwise_and_(2**bits - 1).to(torch.uint8).flatten()[:count]
+    words = packed.view(-1, bits)
+    codes = packed.new_empty(len(words), 8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        codes[:, i] = words[:, byte] >> shift
+        if shift + bits > 8:
+            codes[:, i] |= words[:, byte + 1] << (8 - shift)
+    return codes.bitwise_and_(2**bits - 1).flatten()[:count]
 
 
 class QuantizedWeight(CompressedWeight):
