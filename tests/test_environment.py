@@ -50,7 +50,7 @@ def test_the_dirty_flag_tells_whether_tracked_files_differ(monkeypatch, tmp_path
 
 def test_outside_of_git_commit_and_flag_are_unknown(monkeypatch, tmp_path):
     """No git on the path; and a folder that no repository holds."""
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "x.py"))
+    monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert module._git("rev-parse", "HEAD") is None
     monkeypatch.setenv("PATH", "")
