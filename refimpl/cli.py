@@ -113,31 +113,32 @@ def tree(
 
 @app.command()
 def show(
-    id: Annotated[str, typer.Argument(help="A method, as `gptq`; or a category or a paper's key.")],
+    id: Annotated[str, typer.Argument(help="A method, as `gptq`; a category, a framework, or a paper's key.")],
     as_json: Json = False,
 ) -> None:
-    """One method, category or paper, whole."""
+    """One method, category, framework or paper, whole."""
     from refimpl import views
 
     loaded = taxonomy.load()
     name = id.strip("/")
-    if name in loaded.categories:
-        category = loaded.categories[name]
-        if as_json:
-            _json(msgspec.to_builtins(category))
-        else:
-            out.print(views.category_view(loaded, category))
-    elif name in loaded.papers and name not in loaded.methods:
-        paper = loaded.papers[name]
-        _json(msgspec.to_builtins(paper)) if as_json else out.print(loaded.bibtex([paper]), markup=False, end="")
-    else:
-        if (slug := name.replace("_", "-").lower()) not in loaded.methods:
-            guess = near(slug, [*loaded.methods, *loaded.categories, *loaded.papers])
-            raise Refused(
-                f"unknown method, category or paper {name!r}{guess} (`effllm tree`, `effllm papers` list all)"
-            )
+    slug = name.replace("_", "-").lower()
+    if slug in loaded.methods:
         method = loaded.methods[slug]
         _json(loaded.as_dict(method)) if as_json else out.print(views.method_view(loaded, method))
+    elif name in loaded.categories:
+        category = loaded.categories[name]
+        _json(msgspec.to_builtins(category)) if as_json else out.print(views.category_view(loaded, category))
+    elif slug in loaded.frameworks:
+        framework = loaded.frameworks[slug]
+        _json(msgspec.to_builtins(framework)) if as_json else out.print(views.framework_view(framework))
+    elif slug in loaded.papers:
+        paper = loaded.papers[slug]
+        _json(msgspec.to_builtins(paper)) if as_json else sys.stdout.write(loaded.bibtex([paper]))
+    else:
+        guess = near(slug, [*loaded.methods, *loaded.categories, *loaded.frameworks, *loaded.papers])
+        raise Refused(
+            f"unknown method, category, framework or paper {name!r}{guess} (`effllm tree`, `effllm papers` list them)"
+        )
 
 
 @app.command()

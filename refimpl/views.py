@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from taxonomy import Category, Facets, Method, Paper, Taxonomy
+from taxonomy import Category, Facets, Framework, Method, Paper, Taxonomy
 
 RUNS, READS = "[green]●[/]", "[dim]○[/]"
 
@@ -89,6 +89,25 @@ def _facet_table(facets: Facets) -> Table:
 
 def _paper_line(paper: Paper) -> Padding:
     return Padding(Text.assemble(paper.title, (f"  {paper.venue} {paper.year}  ", "dim"), paper.url), (0, 0, 0, 2))
+
+
+def framework_view(framework: Framework) -> RenderableType:
+    """A framework's page for the terminal."""
+    rows = [
+        ("made for", ", ".join(framework.supports)),
+        ("built on", ", ".join(framework.libraries)),
+        ("ships", ", ".join(framework.ships) or "none of these methods"),
+        ("code", framework.code),
+    ]
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="dim"), Text(value))
+    parts: list[RenderableType] = [Text(framework.name, style="bold"), Text(framework.summary, style="italic"), ""]
+    parts += [Padding(Text(f"- {feature}"), (0, 0, 0, 2)) for feature in framework.features]
+    parts += ["", table]
+    if framework.note:
+        parts += ["", Text(framework.note)]
+    return Group(*parts)
 
 
 def methods_view(methods: Sequence[Method]) -> Table:

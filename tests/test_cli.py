@@ -442,11 +442,11 @@ def test_new(effllm, small):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["show", "gtpq"], 1, "unknown method, category or paper 'gtpq'; did you mean 'gptq'? (`effllm tree`, `effllm papers` list all)"),
-        (["show", "compresion"], 1, "unknown method, category or paper 'compresion'; did you mean 'compression'?"),
+        (["show", "gtpq"], 1, "unknown method, category, framework or paper 'gtpq'; did you mean 'gptq'? (`effllm tree`, `effllm papers` list them)"),
+        (["show", "compresion"], 1, "unknown method, category, framework or paper 'compresion'; did you mean 'compression'?"),
         (["show", "rtn-2019"], 1, "did you mean 'rtn-2018'?"),
-        (["show", "zzzz"], 1, "unknown method, category or paper 'zzzz' (`effllm tree`"),
-        (["show", ""], 1, "unknown method, category or paper ''"),
+        (["show", "zzzz"], 1, "unknown method, category, framework or paper 'zzzz' (`effllm tree`"),
+        (["show", ""], 1, "unknown method, category, framework or paper ''"),
         (["show", "[/bold]"], 1, "'[/bold]'"),
         (["tree", "compresion"], 1, "unknown category 'compresion'; did you mean 'compression'? (`effllm tree --depth 2` lists them)"),
         (["tree", "weight_only"], 1, f"unknown category 'weight_only'; did you mean '{LAYERS}'?"),
@@ -663,3 +663,12 @@ def test_output_that_the_terminal_cannot_show_is_an_error_of_one_line(environmen
     assert done.returncode == 1
     assert "ascii" in done.stderr
     assert len(done.stderr.splitlines()) <= 2
+
+
+def test_show_a_framework(effllm):
+    """Oracle: its file."""
+    code, out, _ = effllm("show", "peft")
+    assert code == 0
+    assert out.startswith("PEFT\nAdapters for everybody.\n")
+    assert "ships     lora" in out
+    assert json.loads(effllm("show", "peft", "--json")[1])["libraries"] == ["PyTorch"]
