@@ -435,7 +435,7 @@ def _progress(total: int) -> Iterator[Any]:
 @app.command()
 def new(
     place: Annotated[str, typer.Argument(metavar="CATEGORY/ID", help="As `compression/low_rank/svd`.")],
-    root: Annotated[Path, typer.Option(help="The checkout to write into.")] = CHECKOUT,
+    root: Annotated[Path, typer.Option(help="The checkout to write into.")] = Path(),
     as_json: Json = False,
 ) -> None:
     """The three files of a new method, failing until they are filled."""
@@ -443,6 +443,8 @@ def new(
         from tools.new import scaffold
     except ModuleNotFoundError as error:
         raise Refused("`effllm new` works in a checkout of the repository, not from the wheel") from error
+    if not (root / "taxonomy" / "papers").is_dir():
+        raise Refused(f"{str(root.resolve())!r} is no checkout of effllm; change into one, or give it as --root")
     written = scaffold(place, root)
     if as_json:
         _json([str(path) for path in written])

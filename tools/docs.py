@@ -146,7 +146,7 @@ class Site:
             here=[m for m in methods if m.category == category.id],
             frameworks=[f for f in self.tree.frameworks.values() if f.category == category.id],
             papers=self.tree.reading_list(category.id),
-            picture=self._picture(path, drawn, "auto") if 1 < len(methods) <= 45 else None,
+            picture=self._picture(path, drawn, "auto" if category.depth else "radial") if len(methods) > 1 else None,
         )
         order = [f"{c.id.rpartition('/')[2]}" for c in self.tree.children(category.id)]
         order += [Path(page_of(m)).name for m in methods if m.category == category.id]
@@ -231,7 +231,9 @@ class Site:
 
         svg = graphs.render(graph, "svg", layout=layout, link=link)
         one_line = re.sub(r">\s+<", "><", re.sub(r"\s*\n\s*", " ", svg))
-        return Markup(f'<div class="graph">{one_line}</div>')  # noqa: S704 - the renderer escapes every text
+        width = re.search(r'width="([\d.]+)"', one_line)
+        size = f' style="--natural: {width[1]}px"' if width else ""
+        return Markup(f'<div class="graph"{size}>{one_line}</div>')  # noqa: S704 - the renderer escapes every text
 
     def _remove_stale(self) -> None:
         for path in sorted(self.out.rglob("*"), reverse=True):
