@@ -225,6 +225,8 @@ def papers(
         and all(w.casefold() in f"{p.key} {p.title} {p.name} {p.authors}".casefold() for w in text or [])
     ]
     found.sort(key=lambda p: (-p.year, p.key))
+    if bibtex + as_csv + as_json > 1:
+        raise Refused("--bibtex, --csv and --json exclude each other; give one")
     if bibtex:
         sys.stdout.write(loaded.bibtex(found))
     elif as_csv:
@@ -340,6 +342,8 @@ def claims(
         )
     else:
         out.print(claims_view(measured, chosen))
+        if silent := [m.id for m in chosen if not m.claims]:
+            err.print(f"no claims stated yet: {', '.join(silent)}", markup=False)
     raise typer.Exit(code)
 
 
@@ -445,12 +449,13 @@ def new(
         raise Refused("`effllm new` works in a checkout of the repository, not from the wheel") from error
     if not (root / "taxonomy" / "papers").is_dir():
         raise Refused(f"{str(root.resolve())!r} is no checkout of effllm; change into one, or give it as --root")
+    before = set((root / "taxonomy").rglob("*.yaml"))
     written = scaffold(place, root)
     if as_json:
         _json([str(path) for path in written])
         return
     for path in written:
-        out.print(f"wrote {path}")
+        out.print(f"{'added to' if path in before else 'wrote'} {path}")
     out.print("Fill them from top to bottom; `effllm check` and the test say what is missing.")
 
 

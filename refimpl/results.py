@@ -1,7 +1,8 @@
 """Stored figures and measured claims: the committed ones, and over them those measured on this machine.
 
 `docs/results/` is committed and written by `effllm run` and `effllm claims --measure` with `--output`; without that option
-they write to `build/results/`, which is not committed and is shown instead where it exists.
+they write to `build/results/`, which is not committed. The command line shows this machine's figures where there are any;
+the site shows the committed ones, whose seeds and clean tree are known, and this machine's where there are none.
 """
 
 import json
@@ -42,6 +43,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds no results; delete it and run again")
     return document
+
+
+def for_site() -> dict[str, dict[str, Any]]:
+    """What the site shows: the committed documents, and this machine's only where there is no committed one."""
+    return documents((fresh_folder(), committed_folder()))
 
 
 def claims(folders: Iterable[Path] | None = None) -> dict[tuple[str, str], dict[str, Any]]:

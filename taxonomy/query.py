@@ -60,7 +60,7 @@ class Taxonomy:
         """Methods that meet every condition given, best match for `text` first, else in reading order.
 
         Args:
-            text: words that must all occur in id, name, tags, summary, idea, advice or papers' titles.
+            text: words that must all occur in id, name, tags, categories, summary, idea, advice or papers' titles.
             category: a category's id; those below it count too.
             tag: one tag.
             year: year in which the method's first paper appeared.
@@ -96,7 +96,9 @@ class Taxonomy:
         if not words:
             return found
         scored = [(min(self._score(m, word) for word in words), m) for m in found]
-        return [m for score, m in sorted(scored, key=lambda pair: -pair[0]) if score]
+        phrase = " ".join(words)
+        ranked = sorted(scored, key=lambda pair: -pair[0] - self._score(pair[1], phrase))
+        return [m for score, m in ranked if score]
 
     def _in_order(self) -> list[Method]:
         position = {c: i for i, c in enumerate(self.categories)}
@@ -105,9 +107,12 @@ class Taxonomy:
     def _score(self, method: Method, word: str) -> int:
         """How well a word fits: 6 for the whole id, 5 for the whole name, down to 1 for the text and 0 for nowhere."""
         titles = " ".join(self.papers[key].title for key in method.papers)
+        parts = method.category.split("/")
+        above = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+        places = " / ".join(self.categories[c].name for c in above if c in self.categories)
         fields = (
             f"{method.id} {method.name}",
-            " ".join(method.tags),
+            f"{' '.join(method.tags)} / {places}",
             f"{method.summary} {titles}",
             f"{method.idea} {method.when}",
         )
@@ -169,13 +174,15 @@ class Taxonomy:
             graph.add_edges_from((m.id, target, {"relation": kind}) for kind, target in m.relations.items())
         return graph
 
-    def bibtex(self, papers: Iterable[str | Paper | Method] | None = None) -> str:
+    def bibtex(self, papers: str | Paper | Method | Iterable[str | Paper | Method] | None = None) -> str:
         """BibTeX of papers, by key or object, or of a method's papers; of all of them if left out.
 
         Raises:
             KeyError: a key that is not in the bibliography.
         """
         chosen: dict[str, Paper] = {}
+        if isinstance(papers, str | Paper | Method):
+            papers = [papers]
         for item in self.papers.values() if papers is None else papers:
             keys = item.papers if isinstance(item, Method) else [item.key if isinstance(item, Paper) else item]
             for key in keys:

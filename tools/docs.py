@@ -37,7 +37,7 @@ PROTECTED = re.compile(r"(\$\$.+?\$\$|\$[^$]+\$|```.+?```|`[^`]+`)", re.DOTALL)
 def main() -> None:
     """Write `build/docs`, say what changed, and exit with 1 if the taxonomy cannot be used."""
     try:
-        site = Site(ROOT, ROOT / "build" / "docs", taxonomy.load(), results.documents())
+        site = Site(ROOT, ROOT / "build" / "docs", taxonomy.load(), results.for_site())
     except InvalidTaxonomy as error:
         sys.exit(f"{error}\n{len(error.problems)} problems; no page was written")
     site.write_all()
@@ -104,6 +104,12 @@ class Site:
         """How many papers are filed in a category or below it."""
         inside = (any(f"{c}/".startswith(f"{category}/") for c in p.categories) for p in self.tree.papers.values())
         return sum(inside)
+
+    def holds(self, category: Category) -> str:
+        """What a category without methods holds, in words."""
+        frameworks = sum(f"{f.category}/".startswith(f"{category.id}/") for f in self.tree.frameworks.values())
+        counts = {"framework": frameworks, "paper": self.papers_below(category.id)}
+        return ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in counts.items() if n)
 
     def tables_for(self, methods: Sequence[Method]) -> list[dict[str, Any]]:
         """The arenas in which these methods have figures."""

@@ -58,9 +58,9 @@ def measure(
 
 
 def _median_time(step: Callable[[], Any]) -> tuple[Any, float]:
-    """What a step returns, and its median time over three runs after the first."""
+    """What a step returns, and its median time over nine runs after the first."""
     value, times = step(), []
-    for _ in range(3):
+    for _ in range(9):
         start = time.perf_counter()
         value = step()
         times.append(time.perf_counter() - start)

@@ -15,7 +15,7 @@ buffers is the identity; nothing of the last layer is left in the next.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from typing import Any, Protocol, TypeVar
 
@@ -65,8 +65,8 @@ def compress(
     method: LayerMethod,
     calibration: Iterable[Any] = (),
     *,
-    target: str = "*",
-    skip: str = "lm_head",
+    target: Sequence[str] = ("*",),
+    skip: Sequence[str] = ("lm_head",),
     done: Callable[[str], None] = lambda _: None,
 ) -> M:
     """A copy of a model whose linear layers are compressed, in the order in which they stand.
@@ -78,16 +78,19 @@ def compress(
         model: any module; left unchanged.
         method: applied to each `torch.nn.Linear`.
         calibration: batches, each a tensor or a dict of keyword arguments that the model is called with.
-        target: pattern of the names of layers to compress, as in a shell.
-        skip: pattern of the names of layers to leave.
+        target: patterns of the whole names of layers to compress, as in a shell.
+        skip: patterns of those to leave.
         done: called with each layer's name when it is finished.
 
     Returns:
         The compressed copy, in evaluation mode.
 
     Raises:
-        ValueError: no linear layer's name matches, or the calibration data never reaches one.
+        ValueError: a pattern stands alone instead of in a list, no linear layer's name matches, or the calibration data never reaches one.
     """
+    for name, patterns in {"target": target, "skip": skip}.items():
+        if isinstance(patterns, str):
+            raise ValueError(f"{name}={patterns!r} must be a list of patterns: [{patterns!r}]")
     model = copy.deepcopy(model).eval()
     batches = list(calibration)
     shared = _shared_weights(model)
@@ -95,14 +98,14 @@ def compress(
         name
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
-        and fnmatch(name, target)
-        and not fnmatch(name, skip)
+        and any(fnmatch(name, pattern) for pattern in target)
+        and not any(fnmatch(name, pattern) for pattern in skip)
         and layer.weight not in shared
     ]
     if not names:
         linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
         raise ValueError(
-            f"target={target!r} with skip={skip!r} matches no linear layer; the model's: {linear[:8] or 'none'}"
+            f"target={list(target)} with skip={list(skip)} matches no linear layer; the model's: {linear[:8] or 'none'}"
         )
     for name in names:
         layer = model.get_submodule(name)

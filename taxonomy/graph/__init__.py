@@ -30,6 +30,7 @@ SUFFIXES: dict[str, Format] = {
     ".dot": "dot",
     ".gv": "dot",
     ".mmd": "mermaid",
+    ".mermaid": "mermaid",
     ".graphml": "graphml",
     ".json": "json",
 }

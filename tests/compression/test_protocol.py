@@ -132,7 +132,7 @@ def test_layers_see_what_compressed_layers_make_of_the_data(generator):
 
 
 def test_target_and_skip(generator):
-    small = compress(small_model(), lambda weight, inputs: Halved(weight), target="[02]", skip="2")
+    small = compress(small_model(), lambda weight, inputs: Halved(weight), target=["0", "2"], skip=["2"])
     assert [isinstance(child, CompressedLinear) for child in small] == [True, False, False, False]
 
 
@@ -149,10 +149,11 @@ def test_tied_weights_are_left_alone():
     ("options", "message"),
     [
         (
-            {"target": "decoder.*"},
-            r"target='decoder\.\*' with skip='lm_head' matches no linear layer; the model's: \['0', '2', '3'\]",
+            {"target": ["decoder.*"]},
+            r"target=\['decoder\.\*'\] with skip=\['lm_head'\] matches no linear layer; the model's: \['0', '2', '3'\]",
         ),
-        ({"calibration": [torch.zeros(0, 4)], "target": "9*"}, "matches no linear layer"),
+        ({"target": "0"}, r"target='0' must be a list of patterns: \['0'\]"),
+        ({"calibration": [torch.zeros(0, 4)], "target": ["9*"]}, "matches no linear layer"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_refused(options, message):

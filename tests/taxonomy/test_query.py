@@ -116,7 +116,8 @@ def brute(real, conditions):
                         else facets[facet] is wanted or facets[facet] == wanted
                     )
             elif key == "text":
-                fields = (name, m.name, *m.tags, m.summary, m.idea, m.when, *(p.title for p in papers))
+                above = [c.name for c in real.categories.values() if f"{m.category}/".startswith(f"{c.id}/")]
+                fields = (name, m.name, *m.tags, *above, m.summary, m.idea, m.when, *(p.title for p in papers))
                 right &= all(any(word in field.lower() for field in fields) for word in value.lower().split())
         if right:
             found.add(name)

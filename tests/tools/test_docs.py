@@ -205,3 +205,14 @@ def test_from_scaffold_to_page_with_no_other_edit(small_tree, tmp_path):
     ):
         assert "half" in (site.out / listing).read_text().lower(), listing
     assert [cell.settings for cell in cells([tree.methods["half-quadratic"]])] == [{}, {"bits": 2}, {"bits": 4}]
+
+
+def test_reading_lists_have_a_line_for_each_paper(tree, tmp_path):
+    """Oracle: the taxonomy. As many items as papers are filed in the category."""
+    write(tree, tmp_path)
+    for category in tree.categories.values():
+        text = (tmp_path / "survey" / category.id / "index.md").read_text()
+        _, heading, rest = text.partition("## Reading list\n")
+        items = [line for line in rest.splitlines() if line.startswith("- [")]
+        assert len(items) == len(tree.reading_list(category.id)), category.id
+        assert bool(heading) == bool(items)
