@@ -1,0 +1,233 @@
+r"""Checkpoints in Hugging Face's layout: config.json, safetensors in one file or in shards, tokenizer.json.
+
+Source: the layout that transformers 5.23.0 writes and reads (`save_pretrained`, `from_pretrained`).
+
+Differs from transformers: a missing, unexpected or misshapen tensor is an error, never a fresh random weight.
+
+Not here: pickles (`.bin`, `.pt`), which run code when they are read; the hub; quantized checkpoints.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from refimpl.model.config_json import config_json, read_config
+from refimpl.model.model import Decoder
+
+# Parts of names: theirs, ours. The rest of a name is the same.
+RENAMES = (
+    ("model.embed_tokens.", "embedding."),
+    ("model.layers.", "layers."),
+    ("model.norm.", "norm."),
+    (".self_attn.", ".attention."),
+    (".mlp.", ".feed_forward."),
+    (".input_layernorm.", ".attention_norm."),
+    (".post_attention_layernorm.", ".feed_forward_norm."),
+)
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # written by old versions; the config says it too
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Decoder:
+    """The model in a local folder, in evaluation mode.
+
+    Tensors are read one by one into the model, which has no other copy of them.
+
+    Args:
+        path: folder with config.json and model.safetensors, or its shards and their index.
+        dtype: of all parameters; None takes that in which the embedding is stored.
+        device: where to; None is the CPU.
+
+    Raises:
+        FileNotFoundError: no folder, no config.json, no weights, or a shard is missing.
+        ValueError: the config is not supported; weights are pickles only; a file is no safetensors or is cut off;
+            tensors are missing, unexpected, misshapen or not floating point. All faults of tensors are told at once.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Decoder(config)
+    expected = {_theirs(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    files = _files(folder)
+    stored = {name: (file, *about) for file, names in files.items() for name, about in _headers(file, names).items()}
+    _check(folder, expected, stored)
+    dtype = dtype or DTYPES[stored[_theirs("embedding.weight")][2]]
+    state: dict[str, Tensor] = {}
+    for file in files:
+        with _opened(file, device) as weights:
+            for name in sorted(name for name, (where, *_) in stored.items() if where == file):
+                if name in expected:
+                    state[_ours(name)] = weights.get_tensor(name).to(dtype)
+                elif name == "lm_head.weight":
+                    head = weights.get_tensor(name).to(dtype)
+    model.load_state_dict(state, assign=True)
+    if "lm_head.weight" in stored and config.tied_embeddings and not torch.equal(head, model.embedding.weight):
+        raise ValueError(f"{folder}: tie_word_embeddings=True, but lm_head.weight is not the embedding")
+    return model.eval()
+
+
+def save(model: Decoder, path: str | Path, shard_bytes: int = 5 * 2**30) -> None:
+    """Write a model in the layout that `load` and transformers read.
+
+    Args:
+        model: the decoder; adapters must be merged and replaced modules put back.
+        path: folder, made if it is not there; weights in it are replaced, each file at once.
+        shard_bytes: size from which weights are cut into several files.
+
+    Raises:
+        ValueError: the model has other parameters than its config says, or no config.json could say it.
+    """
+    folder = Path(path)
+    config = config_json(model.config)
+    with torch.device("meta"):
+        plain = {name: parameter.shape for name, parameter in Decoder(model.config).named_parameters()}
+    state = model.state_dict()
+    different = sorted(
+        {name for name in plain.keys() | state.keys() if plain.get(name) != getattr(state.get(name), "shape", None)}
+    )
+    if different:
+        raise ValueError(f"the model is not the plain decoder of its config; different: {_some(different)}")
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in state.items():
+        if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][_theirs(name)] = tensor.contiguous()
+    config["dtype"] = config["torch_dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [SINGLE] if len(shards) == 1 else names
+    for name, shard in zip(names, shards, strict=True):
+        written = folder / f"{name}.part"
+        save_file(shard, written, metadata={"format": "pt"})
+        written.replace(folder / name)  # a loaded model may still be mapped to the old file
+    for old in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / name for name in names}:
+        old.unlink(missing_ok=True)
+    if len(shards) > 1:
+        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = {"total_size": sum(tensor.nbytes for tensor in state.values())}
+        _write_json(folder / INDEX, {"metadata": total, "weight_map": where})
+    _write_json(folder / "config.json", config)
+
+
+def tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.json or no config.json.
+        ValueError: it is no tokenizer, or has a token that the model's vocabulary has not.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; tokenizer.json is the only format that is read")
+    try:
+        found = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{file}: is no tokenizer: {error}") from error
+    vocabulary = read_config(path).vocabulary
+    token, index = max(found.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", -1))
+    if index >= vocabulary:
+        raise ValueError(f"{file}: token {token!r} is number {index}, the model's vocabulary ends at {vocabulary - 1}")
+    return found
+
+
+def _files(folder: Path) -> dict[Path, set[str] | None]:
+    """Files of weights, and the tensors that the index says are in each; None where there is no index."""
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
+    index = folder / INDEX
+    if not index.is_file():
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"{folder}: weights are pickles ({_some(pickles)}), which run code when they are read; "
+                "convert them to safetensors with transformers' save_pretrained, where you trust them"
+            )
+        raise FileNotFoundError(f"{folder}: has neither {SINGLE} nor {INDEX}")
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        files: dict[Path, set[str] | None] = {}
+        for tensor, name in where:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} must be the name of a file beside it")
+            cast(set[str], files.setdefault(folder / name, set())).add(tensor)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index}: is no index of shards: {error}") from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder}: shards that {INDEX} names are missing: {_some(missing)}")
+    return files
+
+
+def _headers(file: Path, names: set[str] | None) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of the tensors in a file; no tensor is read."""
+    with _opened(file) as weights:
+        keys = set(weights.keys())
+        if names is not None and names != keys:
+            raise ValueError(f"{file}: holds other tensors than {INDEX} says; different: {_some(sorted(names ^ keys))}")
+        slices = {name: weights.get_slice(name) for name in keys}
+        return {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
+
+
+def _check(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[Any, ...]]) -> None:
+    """Compare names, shapes and dtypes, and tell all that is wrong."""
+    known = {"lm_head.weight"} if "lm_head.weight" not in expected else set()
+    unexpected = [name for name in stored if name not in expected and name not in known and not COMPUTED.search(name)]
+    faults = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
+    faults += [f"{name} (in {stored[name][0].name}) is unexpected" for name in sorted(unexpected)]
+    for name in sorted(expected.keys() & stored.keys()):
+        file, shape, dtype = stored[name]
+        if shape != expected[name]:
+            faults.append(f"{name} (in {file.name}) has shape {list(shape)}, config.json says {list(expected[name])}")
+        if dtype not in DTYPES:
+            faults.append(f"{name} (in {file.name}) is {dtype}; supported: {', '.join(DTYPES)}")
+    if faults:
+        raise ValueError(f"{folder}: the tensors are not those of config.json: {_some(faults)}")
+
+
+@contextmanager
+def _opened(file: Path, device: torch.device | str | None = None) -> Iterator[Any]:
+    """A safetensors file, whose faults are told with its name."""
+    try:
+        with safe_open(file, framework="pt", device=str(device or "cpu")) as weights:
+            yield weights
+    except SafetensorError as error:
+        raise ValueError(f"{file}: is no safetensors file, or is cut off: {error}") from error
+
+
+def _ours(name: str) -> str:
+    for theirs, ours in RENAMES:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _theirs(name: str) -> str:
+    """The name of a parameter in a checkpoint.
+
+    Examples:
+        >>> _theirs("layers.3.attention.q_proj.weight"), _theirs("norm.weight"), _theirs("lm_head.weight")
+        ('model.layers.3.self_attn.q_proj.weight', 'model.norm.weight', 'lm_head.weight')
+    """
+    for theirs, ours in RENAMES:
+        if ours.startswith("."):
+            name = name.replace(ours, theirs)
+        elif name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+    return name
+
+
+def _some(names: list[str], n: int = 8) -> str:
+    return "; ".join(names[:n]) + (f"; and {len(names) - n} more" if len(names) > n else "")
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
