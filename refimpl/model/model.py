@@ -1,6 +1,6 @@
 r"""A decoder of the Llama family: Llama, Mistral, Qwen2, Qwen3, and the places where a method steps in.
 
-Source: `llama` (arXiv 2302.13971), Section 2.2; grouped heads `gqa` (arXiv 2305.13245); transformers 5.23.0 for all that a
+Source: `llama-2` (arXiv 2307.09288), Section 2.2; grouped heads `gqa` (arXiv 2305.13245); transformers 5.23.0 for all that a
 checkpoint takes for granted (half-split rotation, order of casts in RMSNorm, biases, windows).
 
 Differs from transformers: padding is a number of tokens for each row, its outputs mean nothing.
