@@ -11,6 +11,7 @@ import msgspec
 from rich.table import Table
 
 import taxonomy
+from refimpl import results
 from taxonomy.schema import near
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Row:
         oracle: implemented methods whose test names an oracle.
         claims: claims that its methods declare.
         measured: those with a value in the results.
+        results: implemented methods that have figures in an arena.
         pages: methods that the docs generator writes a page for; all of them once the taxonomy loads.
         papers: papers filed in it or below.
         papers_implemented: those that an implemented method names.
@@ -41,6 +43,7 @@ class Row:
     oracle: int
     claims: int
     measured: int
+    results: int
     pages: int
     papers: int
     papers_implemented: int
@@ -92,10 +95,10 @@ class Report:
 
     def table(self, depth: int = 2) -> Table:
         """The rows of categories less deep than `depth` and the total, 80 columns wide at most."""
-        caption = "methods that run / all · with an oracle · claims measured / declared · papers implemented / listed"
+        caption = "methods that run / all · with an oracle · claims measured / declared · with figures · papers implemented / listed"
         table = Table(box=None, pad_edge=False, header_style="bold", width=80, caption=caption, caption_justify="left")
         table.add_column("category", overflow="ellipsis", no_wrap=True, ratio=1)
-        for name in ("methods", "oracle", "claims", "pages", "papers"):
+        for name in ("methods", "oracle", "claims", "results", "pages", "papers"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
             level = row.category.count("/")
@@ -129,11 +132,11 @@ def check(tree: "Taxonomy", *, measured: Measured | None = None) -> Report:
     oracles = {m.id for m in tree.methods.values() if m.implemented and _has_oracle(root, m.path, problems)}
     problems += _modules_without_leaf(tree, root)
     problems += _tests_without_leaf(tree, root)
-    rows = _rows(tree, oracles, measured)
+    rows = _rows(tree, oracles, measured, _with_figures(root / RESULTS.parent))
     return Report(rows=rows[:-1], total=rows[-1], drift=_drift(tree), problems=problems)
 
 
-def _rows(tree: "Taxonomy", oracles: set[str], measured: Measured) -> list[Row]:
+def _rows(tree: "Taxonomy", oracles: set[str], measured: Measured, figures: set[str]) -> list[Row]:
     """One row for each category in reading order, and the total; each entry counts in all categories above it."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys((f.name for f in fields(Row)[2:]), 0))
     for method in tree.methods.values():
@@ -146,6 +149,7 @@ def _rows(tree: "Taxonomy", oracles: set[str], measured: Measured) -> list[Row]:
             row["oracle"] += method.id in oracles
             row["claims"] += len(claims)
             row["measured"] += sum(claims)
+            row["results"] += method.implemented and method.id in figures
     running = {key for method in tree.methods.values() if method.implemented for key in method.papers}
     for paper in tree.papers.values():
         for place in {place for category in paper.categories for place in _above(category)}:
@@ -248,6 +252,12 @@ def _results(path: Path, problems: list[str]) -> Measured:
     return {(c.method, c.claim): c.value for c in results.claims if c.value is not None}
 
 
+def _with_figures(folder: Path) -> set[str]:
+    """Methods with a finished row in a stored arena."""
+    documents = results.documents([folder])
+    return {row["method"] for d in documents.values() for row in d.get("rows", []) if not row.get("error")}
+
+
 def _unknown_claims(tree: "Taxonomy", measured: Measured) -> Iterator[str]:
     declared = {(method.id, claim.id) for method in tree.methods.values() for claim in method.claims}
     for method, claim in measured:
@@ -261,6 +271,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.implemented}/{row.methods}",
         str(row.oracle),
         f"{row.measured}/{row.claims}",
+        str(row.results),
         str(row.pages),
         f"{row.papers_implemented}/{row.papers}",
     )

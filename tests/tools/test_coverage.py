@@ -264,3 +264,11 @@ def test_an_empty_taxonomy_counts_as_covered(make_forest, entries):
     tree = make_forest([entries.category("a")], [], [])
     (tree.root / "a").mkdir()
     assert check(tree).share == 100.0
+
+
+def test_a_method_counts_as_measured_by_its_finished_rows(repository):
+    """Oracle: by hand. One method has a row, one a failed row only, the baseline is no method."""
+    rows = [{"method": "deep"}, {"method": "deeper-still", "error": "ValueError: no"}, {"method": "16 bit"}]
+    repository.write("docs/results/weights.json", json.dumps({"arena": "weights", "rows": rows}))
+    report = repository.check(measured={})
+    assert {row.category: row.results for row in [*report.rows, report.total]} == {"a": 1, "a/x": 0, "b": 0, "": 1}
