@@ -328,10 +328,10 @@ def claims(
 
     loaded = taxonomy.load()
     chosen = [_method(loaded, name) for name in methods or []] or [m for m in loaded.methods.values() if m.claims]
-    code = 0
+    code, measured = 0, results.claims()
     if measure:
-        code = _measure_claims(chosen, output or results.fresh_folder() / "claims.json")
-    measured = results.claims()
+        fresh, code = _measure_claims(chosen, output or results.fresh_folder() / "claims.json")
+        measured |= {(row.method, row.claim): msgspec.to_builtins(row) for row in fresh}
     if as_json:
         rows = [(m, c, measured.get((m.id, c.id), {})) for m in chosen for c in m.claims]
         _json(
@@ -347,7 +347,7 @@ def claims(
     raise typer.Exit(code)
 
 
-def _measure_claims(chosen: list[Method], path: Path) -> int:
+def _measure_claims(chosen: list[Method], path: Path) -> tuple[list[Any], int]:
     from rich.progress import track
 
     from refimpl import claims as ledger
@@ -363,7 +363,7 @@ def _measure_claims(chosen: list[Method], path: Path) -> int:
             worst = 1
             err.print(said, markup=False)
     results.store_claims(path, rows)
-    return worst
+    return rows, worst
 
 
 @app.command()

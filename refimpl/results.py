@@ -56,13 +56,25 @@ def claims(folders: Iterable[Path] | None = None) -> dict[tuple[str, str], dict[
     return {(row["method"], row["claim"]): row for row in rows}
 
 
+def kept_rows(path: Path, name: str, ran: set[str], stamp: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a stored document that a new run leaves: those of methods that did not run.
+
+    A row that was measured in another environment than the new run's, `stamp`, carries its own.
+    """
+    if not path.exists():
+        return []
+    document = _read(path)
+    own = {} if document.get("environment") == stamp else {"environment": document.get("environment")}
+    return [own | row for row in document.get(name, []) if row["method"] not in ran]
+
+
 def store_claims(path: Path, rows: Iterable[Any]) -> None:
     """Write measured claims with the environment; those of other methods that stand there are kept."""
     from refimpl.environment import environment
 
     fresh = [msgspec.to_builtins(row) for row in rows]
-    ran = {row["method"] for row in fresh}
-    kept = [r for r in _read(path).get("claims", []) if r["method"] not in ran] if path.exists() else []
+    stamp = environment()
+    kept = kept_rows(path, "claims", {row["method"] for row in fresh}, stamp)
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(kept + fresh, key=lambda row: (row["method"], row["claim"]))
-    path.write_text(json.dumps({"environment": environment(), "claims": ordered}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": stamp, "claims": ordered}, indent=1) + "\n")

@@ -92,3 +92,17 @@ def test_what_is_committed_can_be_read():
         rows = document.get("rows", document.get("claims"))
         assert rows, name
         assert {r["method"] for r in rows} <= {*methods, document.get("baseline")}, name
+
+
+def test_what_was_measured_elsewhere_keeps_its_own_environment(tmp_path, monkeypatch):
+    """Oracle: by hand. The row that is kept says on which commit it was measured; a second run does not change that."""
+    from refimpl import environment
+
+    path = tmp_path / "claims.json"
+    for commit, method in (("one", "a"), ("two", "b"), ("three", "c")):
+        monkeypatch.setattr(environment, "environment", lambda commit=commit: {"commit": commit})
+        results.store_claims(path, [{"method": method, "claim": "x", "value": 1.0, "holds": True}])
+    document = json.loads(path.read_text())
+    assert document["environment"] == {"commit": "three"}
+    own = {row["method"]: row.get("environment", {}).get("commit") for row in document["claims"]}
+    assert own == {"a": "one", "b": "two", "c": None}

@@ -226,7 +226,6 @@ ELSEWHERE = {
     "taxonomy/graph/radial.py": "tests/taxonomy/graph/test_layout.py",
     "taxonomy/graph/ordering.py": "tests/taxonomy/graph/test_layout.py",  # steps of a layout
     "taxonomy/graph/sectors.py": "tests/taxonomy/graph/test_layout.py",
-    "refimpl/views.py": "tests/test_cli.py",  # seen on the terminal
     "refimpl/arena/protocol.py": "tests/arena/test_runner.py",  # declarations, which the runner reads
 }
 

@@ -116,6 +116,10 @@ class Site:
         names = dict.fromkeys(name for m in methods for name in m.arena if name in self.documents)
         return [_table(self.documents[name], {m.id for m in methods}) for name in names]
 
+    def elsewhere(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Environments of methods that were measured in another than the document's."""
+        return {row["method"]: row["environment"] for row in rows if row.get("environment")}
+
     def facet(self, method: Method, name: str) -> Any:
         """One facet of a method."""
         return getattr(method.facets, name)

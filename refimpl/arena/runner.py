@@ -13,6 +13,7 @@ import torch
 
 from refimpl.arena.protocol import Arena
 from refimpl.environment import environment
+from refimpl.results import kept_rows
 from taxonomy import Method
 
 
@@ -109,21 +110,22 @@ def run(todo: Sequence[Cell], device: str = "cpu", done: Callable[[Row], None] =
 
 
 def store(rows: Sequence[Row], folder: Path, device: str = "cpu") -> list[Path]:
-    """Write one `<arena>.json` per arena: about, metrics, environment, rows. Rows of other methods are kept."""
+    """Write one `<arena>.json` per arena: about, metrics, environment, rows.
+
+    Rows of methods that did not run are kept, each with the environment that it was measured in.
+    """
     written = []
     for name in dict.fromkeys(row.arena for row in rows):
         arena, path = open_arena(name), folder / f"{name}.json"
         fresh = [msgspec.to_builtins(row) for row in rows if row.arena == name]
-        ran = {row["method"] for row in fresh}
-        kept = (
-            [row for row in json.loads(path.read_text())["rows"] if row["method"] not in ran] if path.exists() else []
-        )
+        stamp = environment(device)
+        kept = kept_rows(path, "rows", {row["method"] for row in fresh}, stamp)
         document = {
             "arena": name,
             "about": arena.ABOUT,
             "baseline": arena.BASELINE,
             "metrics": [metric._asdict() for metric in arena.METRICS],
-            "environment": environment(device),
+            "environment": stamp,
             "rows": sorted(kept + fresh, key=lambda row: (row["method"] != arena.BASELINE, row["method"])),
         }
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -272,3 +272,11 @@ def test_a_method_counts_as_measured_by_its_finished_rows(repository):
     repository.write("docs/results/weights.json", json.dumps({"arena": "weights", "rows": rows}))
     report = repository.check(measured={})
     assert {row.category: row.results for row in [*report.rows, report.total]} == {"a": 1, "a/x": 0, "b": 0, "": 1}
+
+
+def test_nothing_is_broken_in_this_repository():
+    """What `python -m tools.graph check` fails for: invalid files, modules and tests without their mirror, unknown claims."""
+    report = check(taxonomy.load())
+    assert report.problems == []
+    assert report.drift.headings == report.drift.papers == []
+    assert report.total.oracle == report.total.implemented >= 3
