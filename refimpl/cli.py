@@ -6,19 +6,24 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import taxonomy
 from refimpl.results import CHECKOUT
 from taxonomy import Facets, InvalidTaxonomy, Method, Taxonomy
 from taxonomy.schema import near
+
+if TYPE_CHECKING:
+    from refimpl.bench.cells import Cell
+    from refimpl.bench.runner import Row
 
 app = typer.Typer(
     name="effllm",
@@ -366,49 +371,237 @@ def _measure_claims(chosen: list[Method], path: Path) -> tuple[list[Any], int]:
     return rows, worst
 
 
+Device = Annotated[str, typer.Option(help="torch device.")]
+Model = Annotated[
+    Path | None, typer.Option(help="Local folder of a Hugging Face checkpoint, in the place of the testbed's model.")
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder in which the documents are stored.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Run again what failed before.")]
+StoreFile = Annotated[
+    Path | None, typer.Option("--store", help="File of finished cells; `build/results/bench.sqlite` if left out.")
+]
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Cells at a time.")]
+
+
 @app.command()
 def run(
     methods: Annotated[list[str] | None, typer.Argument(help="Methods; all that run if left out.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
-    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder in which figures are stored.")] = None,
+    model: Model = None,
+    device: Device = "cpu",
+    jobs: Jobs = None,
+    output: Output = None,
+    retry: Retry = False,
+    store: StoreFile = None,
     as_json: Json = False,
 ) -> None:
-    """A method in its arena, beside the baseline."""
+    """A method in its arenas, in their quick form, beside the baseline."""
     loaded = taxonomy.load()
     chosen = [_method(loaded, name) for name in methods or []]
-    chosen = chosen or [m for m in loaded.find(implemented=True) if m.arena]
     for method in chosen:
-        if not method.implemented:
-            raise Refused(f"{method.id!r} has no implementation yet (`effllm tree --implemented` lists those that run)")
+        _check_runs(method)
         if not method.arena:
             raise Refused(f"{method.id!r} has joined no arena; add `arena:` to taxonomy/{method.path}.yaml")
+    if not chosen:
+        chosen = [m for m in loaded.find(implemented=True) if m.arena]
+    elif jobs is None:
+        jobs = 1  # starting processes takes longer than a few quick cells
     with _needs_extra("run"):
-        import torch
+        from refimpl.bench.cells import cells
 
-        from refimpl import results
-        from refimpl.arena import runner
-    _check_device(torch, device)
+        model = _check_place(device, model)
+        todo = cells(chosen, seeds=range(seeds), quick=True, device=device, model=str(model) if model else None)
+    _measure(todo, jobs=jobs, retry=retry, store=store, output=output, as_json=as_json)
+
+
+@app.command()
+def bench(
+    arena: Annotated[str | None, typer.Argument(help="An arena, or `all`; left out: which there are.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these, as `rtn,gptq`.")] = None,
+    plugin: Annotated[
+        list[str] | None, typer.Option(help="Your own class beside them: `package.module:Class`; may be repeated.")
+    ] = None,
+    model: Model = None,
+    device: Device = "cpu",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many seeds; 3 if left out, 1 in the quick form.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Default settings only, and less of everything.")] = False,
+    jobs: Jobs = None,
+    engine: Annotated[
+        str, typer.Option(help="`loky`: processes of this machine; `ray`: a cluster, by `RAY_ADDRESS`.")
+    ] = "loky",
+    retry: Retry = False,
+    store: StoreFile = None,
+    output: Output = None,
+    export: Annotated[
+        list[Path] | None, typer.Option(help="Write to FILE.json, FILE.csv or FILE.html too; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """An arena: all its methods, settings and tasks side by side. What was finished before is not run again."""
+    loaded = taxonomy.load()
+    with _needs_extra("run"):
+        from refimpl.bench import cells as the
+        from refimpl.bench.export import check_export
+        from refimpl.bench.plugin import open_plugin
+
+        able = [m for m in loaded.find(implemented=True) if m.arena]
+        if arena is None:
+            _list_arenas(able, as_json)
+            return
+        names = the.arenas() if arena == "all" else [arena.replace("-", "_")]
+        for name in names:
+            the.open_arena(name)
+    chosen = _chosen(loaded, methods.split(","), names) if methods else able
+    with _needs_extra("docs"):
+        for path in export or []:
+            check_export(path)
+    model = _check_place(
+        "cpu" if engine == "ray" else device, model
+    )  # a cluster's nodes may have what this one has not
+    todo = the.cells(
+        chosen,
+        arenas=names,
+        plugins=[open_plugin(reference) for reference in plugin or []],
+        seeds=range(seeds or (1 if quick else 3)),
+        quick=quick,
+        device=device,
+        model=str(model) if model else None,
+    )
+    _measure(
+        todo, jobs=jobs, engine=engine, retry=retry, store=store, output=output, export=export or (), as_json=as_json
+    )
+
+
+def _chosen(loaded: Taxonomy, names: list[str], arenas: list[str]) -> list[Method]:
+    chosen = [_method(loaded, name.strip()) for name in names]
+    for method in chosen:
+        _check_runs(method)
+        if not set(method.arena) & set(arenas):
+            joined = ", ".join(method.arena) or "none"
+            raise Refused(f"{method.id!r} is not in the arena {', '.join(arenas)}; its arenas: {joined}")
+    return chosen
+
+
+def _check_runs(method: Method) -> None:
+    if not method.implemented:
+        raise Refused(f"{method.id!r} has no implementation yet (`effllm tree --implemented` lists those that run)")
+
+
+def _list_arenas(able: list[Method], as_json: bool) -> None:
+    from refimpl.bench.cells import arenas, cells, open_arena
+    from refimpl.views import arenas_view
+
+    found = [
+        {
+            "arena": name,
+            "about": open_arena(name).ABOUT,
+            "axes": {axis: list(values) for axis, values in open_arena(name).AXES.items()},
+            "methods": [m.id for m in able if name in m.arena],
+            "cells": len(cells(able, arenas=[name])),
+            "quick_cells": len(cells(able, arenas=[name], quick=True)),
+        }
+        for name in arenas()
+    ]
+    _json(found) if as_json else out.print(arenas_view(found))
+
+
+def _measure(
+    todo: "list[Cell]",
+    *,
+    jobs: int | None,
+    engine: str = "loky",
+    retry: bool = False,
+    store: Path | None = None,
+    output: Path | None = None,
+    export: Sequence[Path] = (),
+    as_json: bool = False,
+) -> None:
+    """Run cells, show their figures and store them: what `run` and `bench` have in common."""
+    from refimpl import results
+    from refimpl.bench import documents, runner
+    from refimpl.bench.engines import ENGINES, Pool
+    from refimpl.bench.export import export as write
+    from refimpl.bench.progress import Bar
+    from refimpl.bench.store import Store
+
+    if engine not in ENGINES:
+        raise Refused(f"--engine {engine!r} must be one of {', '.join(ENGINES)}")
+    if not todo:
+        return
+    folder = output or results.fresh_folder()
+    with _needs_extra("ray"):
+        pool = Pool(cast(Any, engine), jobs, todo[0].device)
+    try:
+        with Store(store or results.fresh_folder() / "bench.sqlite") as opened, Bar(err) as bar:
+            rows = runner.run(todo, opened, pool, retry=retry, told=bar)
+    except KeyboardInterrupt:
+        err.print(f"interrupted: {bar.finished} of {bar.total} cells are stored; the same command goes on from there")
+        raise typer.Exit(130) from None
+    found = [documents.document(name, rows, todo[0].model) for name in dict.fromkeys(cell.arena for cell in todo)]
+    for document in found:
+        _show(document, as_json)
+    _show_failures(rows)
+    for document in found:
+        path = documents.store(document, folder)
+        kept = folder / f"{documents.stem(document)}.json"
+        err.print(f"[dim]stored in {path}[/]" if path else f"[dim]{kept} holds the full form's figures, and stays[/]")
+    for path in export:
+        write(found, path)
+    raise typer.Exit(1 if any(row.error for row in rows) else 0)
+
+
+def _show(document: dict[str, Any], as_json: bool) -> None:
+    from refimpl.bench.export import with_summary
     from refimpl.views import figures_view
 
-    todo = runner.cells(chosen, range(seeds))
-    with _progress(len(todo)) as advance:
-        rows = runner.run(todo, device, advance)
-    written = runner.store(rows, output or results.fresh_folder(), device)
-    names = {m.id for m in chosen}
-    for path in written:
-        document = json.loads(path.read_text())
-        if as_json:
-            _json({**document, "rows": [r for r in document["rows"] if r["method"] in names | {document["baseline"]}]})
-        else:
-            out.print(f"\n[bold]{document['arena']}[/]  {document['about']}")
-            out.print(figures_view(document, names))
-    failed = [row for row in rows if row.error]
-    for row in failed:
-        err.print(f"{row.arena}, {row.method} {row.settings}: {row.error}", markup=False, style="red")
-    if not as_json:
-        err.print(f"[dim]stored in {', '.join(map(str, written))}[/]")
-    raise typer.Exit(1 if failed else 0)
+    if as_json:
+        _json(with_summary(document))
+        return
+    form = ", quick form" if document.get("quick") else ""
+    model = f" on {document['model']}" if "model" in document else ""
+    out.print(f"\n[bold]{document['arena']}[/]{escape(model)}{form}  {escape(document['about'])}")
+    out.print(figures_view(document, {row["method"] for row in document["rows"]}))
+
+
+def _show_failures(rows: "list[Row]") -> None:
+    """Each error once, with the cells that raised it."""
+    errors: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.error:
+            errors.setdefault((row.arena, row.method, row.error), []).append(row)
+    for (arena, method, error), failed in errors.items():
+        first = {**failed[0].settings, **failed[0].axes}
+        others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        err.print(f"{arena}, {method} {first}{others}: {error}", markup=False, style="red")
+    for arena in {row.arena: None for row in rows if row.error and ":" in row.method}:
+        err.print(f"how the arena {arena} calls a method: {', '.join(_protocols(arena))}", markup=False)
+
+
+def _protocols(arena: str) -> list[str]:
+    """The protocols of the families whose methods stand in an arena: of each, the nearest file above it."""
+    code = CHECKOUT / "refimpl"
+    found: dict[str, None] = {}
+    for method in taxonomy.load().find(implemented=True):
+        if arena in method.arena:
+            above = [folder / "protocol.py" for folder in (code / method.path).parents if folder.is_relative_to(code)]
+            found |= {path.relative_to(CHECKOUT).as_posix(): None for path in above if path.is_file()}
+    return list(found)
+
+
+def _check_place(device: str, model: Path | None) -> Path | None:
+    """The model's whole path, once device and model are found to be there."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"--device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if model is not None and not (model / "config.json").is_file():
+        what = "has no config.json" if model.is_dir() else "is no folder"
+        raise Refused(f"--model {str(model)!r} {what}; give the local folder of a Hugging Face checkpoint")
+    return model.resolve() if model else None
 
 
 @contextmanager
@@ -417,23 +610,6 @@ def _needs_extra(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise Refused(f"this needs {error.name}; install it with `pip install effllm[{extra}]`") from error
-
-
-def _check_device(torch: Any, device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Refused(f"--device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("running", total=total)
-        yield lambda row: bar.update(task, advance=1, description=row.method)
 
 
 @app.command()

@@ -1,10 +1,12 @@
 """Stored figures and measured claims: the committed ones, and over them those measured on this machine.
 
-`docs/results/` is committed and written by `effllm run` and `effllm claims --measure` with `--output`; without that option
-they write to `build/results/`, which is not committed. The command line shows this machine's figures where there are any;
+`docs/results/` is committed and written by `effllm bench` and `effllm claims --measure` with `--output`; without that option
+they write to `build/results/`, which is not committed, as `effllm run` does. The command line shows this machine's figures where there are any;
 the site shows the committed ones, whose seeds and clean tree are known, and this machine's where there are none.
 """
 
+import csv
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,11 +33,11 @@ def documents(folders: Iterable[Path] | None = None) -> dict[str, dict[str, Any]
     found = {}
     for folder in folders or (committed_folder(), fresh_folder()):
         for path in sorted(folder.glob("*.json")):
-            found[path.stem] = _read(path)
+            found[path.stem] = read(path)
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -63,9 +65,27 @@ def kept_rows(path: Path, name: str, ran: set[str], stamp: dict[str, Any]) -> li
     """
     if not path.exists():
         return []
-    document = _read(path)
+    document = read(path)
     own = {} if document.get("environment") == stamp else {"environment": document.get("environment")}
     return [own | row for row in document.get(name, []) if row["method"] not in ran]
+
+
+def csv_text(*documents: dict[str, Any]) -> str:
+    """Arenas' documents as one table of CSV, one line a cell; what an arena doesn't have is empty."""
+    metrics = dict.fromkeys(metric["name"] for document in documents for metric in document["metrics"])
+    axes = dict.fromkeys(name for document in documents for name in document.get("axes", {}))
+    text = io.StringIO()
+    write = csv.writer(text, lineterminator="\n")
+    write.writerow(["arena", "method", "settings", *axes, "seed", *metrics, "error"])
+    for document in documents:
+        for row in document["rows"]:
+            point = [row.get("axes", {}).get(name) for name in axes]
+            figures = [row["figures"].get(name) for name in metrics]
+            settings = json.dumps(row["settings"])
+            write.writerow(
+                [document["arena"], row["method"], settings, *point, row["seed"], *figures, row.get("error")]
+            )
+    return text.getvalue()
 
 
 def store_claims(path: Path, rows: Iterable[Any]) -> None:

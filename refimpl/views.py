@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.markdown import Markdown
@@ -160,41 +160,143 @@ def claims_view(measured: dict[tuple[str, str], dict[str, Any]], methods: Sequen
     return Group(*parts)
 
 
-def figures_view(document: dict[str, Any], methods: set[str]) -> Table:
-    """An arena's rows as a table, a column for each setting; means over seeds, with the spread where there is more than one."""
-    groups = group_rows(row for row in document["rows"] if row["method"] in methods | {document["baseline"]})
-    names = dict.fromkeys(name for rows in groups for name in rows[0]["settings"])
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", style="cyan", no_wrap=True)
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right", style="dim")
+class SheetRow(NamedTuple):
+    """A method with one configuration, at one point of the axes that are not columns: its cells, or why it has none."""
+
+    method: str
+    settings: str
+    axes: list[str]
+    cells: list[str]
+    error: str | None = None
+    simulated: bool = False
+
+
+class Sheet(NamedTuple):
+    """A table of an arena's figures: one metric over the values of an axis, or all metrics at one point."""
+
+    title: str
+    axes: list[str]
+    columns: list[str]
+    rows: list[SheetRow]
+
+
+def sheets(document: dict[str, Any], methods: set[str]) -> list[Sheet]:
+    """An arena's rows as tables: means over seeds, with the spread where there is more than one; the baseline first.
+
+    Without axes, or at a single point of them, it is one table with a column a metric. Else it is one table a metric, with a
+    column for each value of the first axis that has several, and their mean where the values are names; the axes after it
+    stand on the left.
+    """
+    chosen = [row for row in document["rows"] if row["method"] in methods | {document["baseline"]}]
+    values: dict[str, list[Any]] = {name: [] for name in document.get("axes", {})}
+    for name, found in values.items():
+        present = [row["axes"][name] for row in chosen if name in row.get("axes", {})]
+        found += [value for value in document["axes"][name] if value in present]
+    fixed = [f"{words(name)} {found[0]}" for name, found in values.items() if len(found) == 1]
+    first, *others = [name for name, found in values.items() if len(found) > 1] or [""]
+    columns = values.get(first, [])
+    lines = _lines(chosen, others, values)
+    if not first:
+        names = [metric["name"] for metric in document["metrics"]]
+        rows = [_sheet_row(line, others, [mean_text(line, name) for name in names]) for line in lines]
+        return [Sheet(", ".join(fixed), [], [words(name) for name in names], rows)]
+    averaged = any(isinstance(value, str) for value in columns)
+    heads = [str(value) for value in columns] + ["mean"] * averaged
+    made = []
     for metric in document["metrics"]:
-        table.add_column(metric["name"].replace("_", " "), justify="right")
-    for rows in groups:
-        first = rows[0]
-        settings = [escape(setting_text(first["settings"].get(name, ""))) for name in names]
-        failed = next((row["error"] for row in rows if row.get("error")), None)
-        cells = ["failed"] if failed else [mean_text(rows, metric["name"]) for metric in document["metrics"]]
-        table.add_row(
-            escape(first["method"]),
-            *settings,
-            *cells,
-            style="bold" if first["method"] == document["baseline"] else None,
-        )
+        rows = []
+        for line in lines:
+            parts = [[row for row in line if row.get("axes", {}).get(first) == value] for value in columns]
+            cells = [mean_text(part, metric["name"]) for part in parts]
+            rows.append(_sheet_row(line, others, cells + [_average(parts, metric["name"])] * averaged))
+        title = f"{words(metric['name'])} ({metric['unit']}) by {words(first)}"
+        made.append(Sheet(", ".join([title, *fixed]), [words(name) for name in others], heads, rows))
+    return made
+
+
+def _lines(
+    rows: Iterable[dict[str, Any]], others: Sequence[str], values: dict[str, list[Any]]
+) -> list[list[dict[str, Any]]]:
+    """Rows of one method, one configuration and one point of some axes; in the order of the points, then of the rows."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        point = json.dumps([row.get("axes", {}).get(name) for name in others])
+        groups.setdefault((row["method"], json.dumps(row["settings"]), point), []).append(row)
+
+    def place(line: list[dict[str, Any]]) -> list[int]:
+        return [values[name].index(line[0]["axes"][name]) for name in others]
+
+    return sorted(groups.values(), key=place)
+
+
+def _sheet_row(line: Sequence[dict[str, Any]], others: Sequence[str], cells: list[str]) -> SheetRow:
+    failed = [row["error"] for row in line if row.get("error")]
+    notes = [settings_text(line[0])] if line[0]["settings"] else []
+    notes += [f"version {line[0]['version']}"] if "version" in line[0] else []
+    notes += [f"{len(failed)} of {len(line)} failed"] if 0 < len(failed) < len(line) else []
+    axes = [str(line[0].get("axes", {}).get(name, "")) for name in others]
+    error = failed[0] if len(failed) == len(line) else None
+    return SheetRow(line[0]["method"], ", ".join(notes), axes, cells, error, bool(line[0].get("simulated")))
+
+
+def _average(parts: Sequence[Sequence[dict[str, Any]]], metric: str) -> str:
+    """Mean of the columns' means, if every column has one."""
+    means = [mean(part, metric) for part in parts]
+    known = [value for value in means if value is not None]
+    return number(sum(known) / len(known)) if len(known) == len(means) else "–"
+
+
+def figures_view(document: dict[str, Any], methods: set[str]) -> RenderableType:
+    """An arena's rows for the terminal."""
+    parts: list[RenderableType] = []
+    for sheet in sheets(document, methods):
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("method", style="cyan", overflow="fold")
+        with_settings = any(row.settings for row in sheet.rows)
+        for name in ["settings"] * with_settings + sheet.axes:
+            table.add_column(escape(name), style="dim")
+        for name in sheet.columns:
+            table.add_column(escape(name), justify="right")
+        for row in sheet.rows:
+            left = [escape(text) for text in [row.settings] * with_settings + row.axes]
+            cells = ["failed"] if row.error else row.cells
+            table.add_row(
+                escape(row.method), *left, *cells, style="bold" if row.method == document["baseline"] else None
+            )
+        parts += [Text(f"\n{sheet.title}", style="italic"), table] if sheet.title else [table]
+    return Group(*parts)
+
+
+def arenas_view(arenas: Sequence[dict[str, Any]]) -> Table:
+    """Which arenas there are, what they compare, and how much there is to run."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("arena", style="cyan", no_wrap=True)
+    for name in ("methods", "cells a seed", "quick"):
+        table.add_column(name, justify="right")
+    table.add_column("about")
+    for arena in arenas:
+        counts = [number(value) for value in (len(arena["methods"]), arena["cells"], arena["quick_cells"])]
+        table.add_row(arena["arena"], *counts, escape(arena["about"]))
     return table
 
 
 def group_rows(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Rows that differ in the seed alone stand together, in the order of their first."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["method"], json.dumps(row["settings"])), []).append(row)
+        same = (row["method"], json.dumps(row["settings"]), json.dumps(row.get("axes", {})))
+        groups.setdefault(same, []).append(row)
     return list(groups.values())
+
+
+def words(name: str) -> str:
+    """`group size` of `group_size`."""
+    return name.replace("_", " ")
 
 
 def settings_text(row: dict[str, Any]) -> str:
     """`bits 4, group size 128`."""
-    return ", ".join(f"{name.replace('_', ' ')} {setting_text(value)}" for name, value in row["settings"].items())
+    return ", ".join(f"{words(name)} {setting_text(value)}" for name, value in row["settings"].items())
 
 
 def setting_text(value: Any) -> str:
@@ -205,10 +307,17 @@ def setting_text(value: Any) -> str:
 def mean_text(rows: Sequence[dict[str, Any]], metric: str) -> str:
     """Mean of a figure over seeds, `± (max - min) / 2` where seeds differ."""
     values = [row["figures"][metric] for row in rows if metric in row["figures"]]
-    if not values:
+    middle = mean(rows, metric)
+    if middle is None:
         return "–"
-    mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
-    return number(mean) + (f" ±{spread:.1g}" if spread else "")
+    spread = (max(values) - min(values)) / 2
+    return number(middle) + (f" ±{spread:.1g}" if spread else "")
+
+
+def mean(rows: Sequence[dict[str, Any]], metric: str) -> float | None:
+    """Mean of a figure over rows; None if none has it."""
+    values = [row["figures"][metric] for row in rows if metric in row["figures"]]
+    return float(sum(values) / len(values)) if values else None
 
 
 def number(value: float) -> str:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ import torch
 from refimpl.claims import find, judge
 from tests.forest import awkward, entries, grow, make_forest  # noqa: F401 - fixtures
 from tests.small_tree import write
+from tools import peers
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,31 +22,36 @@ ROOT = Path(__file__).parents[1]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="torch device for the tests that take one (default: cpu)")
     parser.addoption("--claims-to", help="write what the tests measured about claims to this JSON file")
+    parser.addoption(
+        "--peers-to", help="time the methods that have a peer, and write what was measured to this JSON file"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput") and config.getoption("--claims-to"):
-        config.pluginmanager.register(ClaimReport(Path(config.getoption("--claims-to"))))
+    for name in ("claim", "peer"):
+        path = config.getoption(f"--{name}s-to")
+        if path and not hasattr(config, "workerinput"):
+            config.pluginmanager.register(Report(name, Path(path)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "claim" in getattr(item, "fixturenames", ()):
-            item.add_marker("claims")
+        for name in {"claim", "peer"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(f"{name}s")
 
 
-class ClaimReport:
-    """Gathers the claims of all tests, worker processes included, and writes them at the end."""
+class Report:
+    """Gathers what all tests measured under a name, worker processes included, and writes it at the end."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, []
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path, self.rows = name, path, []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
-            self.rows += [value for name, value in report.user_properties if name == "claim"]
+            self.rows += [value for name, value in report.user_properties if name == self.name]
 
     def pytest_sessionfinish(self) -> None:
-        self.path.write_text(json.dumps(sorted(self.rows, key=lambda row: (row["method"], row["claim"])), indent=1))
+        self.path.write_text(json.dumps(sorted(self.rows, key=lambda row: list(row.values())[:2]), indent=1))
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +101,25 @@ def claim(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, float]
             f"{measured.method}/{measured.claim}: measured {measured.value:g}, expected {stated.expect}: {verdict}, "
             f"but its YAML file says holds: {str(stated.holds).lower()}"
         )
+
+
+@pytest.fixture
+def peer(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """`peer("lora", "peft", "a layer of 512", ours, theirs, within=1e-5)`: hold two calls' results together.
+
+    With `--peers-to` it also measures their time and memory.
+    """
+    reported = []
+
+    def record(
+        method: str, name: str, what: str, ours: Callable[[], Any], theirs: Callable[[], Any], *, within: float
+    ) -> None:
+        pair = peers.compare(method, name, what, ours, theirs)
+        if request.config.getoption("--peers-to"):
+            pair = peers.timed(pair, ours, theirs)
+        request.node.user_properties.append(("peer", msgspec.to_builtins(pair)))
+        reported.append(pair)
+        assert pair.difference <= within, f"{method} differs from {name} by {pair.difference:g}, more than {within:g}"
+
+    yield record
+    assert reported, "the test took the fixture `peer` and compared nothing"

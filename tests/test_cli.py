@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -385,37 +386,265 @@ def test_claims_of_a_broken_document(effllm, folders):
     assert "delete it and run again" in err
 
 
-# run
+# run and bench
 
 
-def test_run_stores_and_shows_the_figures(effllm, tmp_path):
+@pytest.fixture
+def measuring(effllm, small, folders, monkeypatch):
+    """The small tree, whose one method runs; the store and the documents in a folder of this test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a plugin's directory is added to it
+    return effllm
+
+
+@pytest.fixture
+def figures(folders):
+    return folders / "fresh_folder"
+
+
+def document(path):
+    return json.loads(path.read_text())
+
+
+def test_run_stores_and_shows_the_figures_in_the_quick_form(measuring, figures):
     """Oracle: the files that it wrote; the baseline stands beside the method."""
-    code, out, err = effllm("run", "rtn", "--output", tmp_path / "figures", "--seeds", 2)
+    code, out, err = measuring("run", "rtn", "--seeds", 2)
     assert code == 0
-    document = json.loads((tmp_path / "figures/weights.json").read_text())
-    assert {row["method"] for row in document["rows"]} == {"16 bit", "rtn"}
-    assert {row["seed"] for row in document["rows"]} == {0, 1}
-    assert document["about"] in words(out)
-    assert "16 bit" in out
-    assert str(tmp_path / "figures/weights.json") in err
-    code, out, _ = effllm("run", "--output", tmp_path / "figures", "--json")
-    assert code == 0
-    assert {row["method"] for row in json.loads(out)["rows"]} == {"16 bit", "rtn"}
+    found = document(figures / "weights.json")
+    assert [(row["method"], row["seed"]) for row in found["rows"]] == [
+        ("16 bit", 0),
+        ("16 bit", 1),
+        ("rtn", 0),
+        ("rtn", 1),
+    ]
+    assert found["quick"] is True and found["seeds"] == [0, 1]
+    assert found["about"] in words(out)
+    assert "weights, quick form" in out and "16 bit" in out
+    assert words(err) == f"stored in {figures / 'weights.json'}"
+    assert (figures / "bench.sqlite").is_file()
 
 
-def test_run_of_all_passes_over_what_is_in_no_arena(effllm, small, tmp_path):
+def test_run_again_reads_what_is_stored(measuring, figures, monkeypatch):
+    """Oracle: the arena, which is not to be called a second time."""
+    from refimpl.arena import weights
+
+    first = measuring("run", "rtn")[1]
+    monkeypatch.setattr(weights, "measure", None)
+    assert measuring("run", "rtn")[1] == first
+    assert measuring("run", "rtn", "--seeds", 2)[0] == 1  # a cell that is not stored
+
+
+def test_run_of_all_as_json(measuring, folders):
+    code, out, _ = measuring(
+        "run", "-o", folders / "elsewhere", "--store", folders / "my.sqlite", "--jobs", 1, "--json"
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert {row["method"] for row in found["rows"]} == {"16 bit", "rtn"}
+    assert [line["method"] for line in found["summary"]] == ["16 bit", "rtn"]
+    assert sorted(path.name for path in folders.iterdir() if path.name in ("elsewhere", "my.sqlite", "fresh_folder")) == [
+        "elsewhere", "my.sqlite",
+    ]  # fmt: skip
+
+
+def test_run_of_all_passes_over_what_is_in_no_arena(measuring, small):
     change(small, RTN, "arena: ", "#")
-    code, out, err = effllm("run", "--output", tmp_path / "figures")
-    assert (code, out) == (0, "")
-    assert "rtn" not in err
+    assert measuring("run") == (0, "", "")
 
 
-def test_run_shows_a_method_that_fails_and_fails_too(effllm, small, tmp_path):
+def test_run_shows_a_method_that_fails_and_fails_too(measuring, small):
     change(small, RTN, "bits: [4]", "bits: [-1]")
-    code, out, err = effllm("run", "rtn", "--output", tmp_path / "figures")
+    code, out, err = measuring("run", "rtn", "--seeds", 2)
     assert code == 1
-    assert "weights, rtn {'bits': -1, 'group_size': 32}: " in words(err)
+    assert "weights, rtn {'bits': -1, 'group_size': 32} and 1 more: ValueError: bits=-1 must be 1 to 8" in words(err)
     assert "failed" in out
+
+
+def test_a_failure_is_kept_and_run_again_on_request(measuring, small, monkeypatch):
+    """Oracle: the arena, broken and mended; a failure that is stored is told until `--retry`."""
+    from refimpl.arena import weights
+
+    right = weights.measure
+
+    def broken(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(weights, "measure", broken)
+    assert measuring("run", "rtn")[0] == 1
+    monkeypatch.setattr(weights, "measure", right)
+    code, _, err = measuring("run", "rtn")
+    assert code == 1 and "MemoryError: no room" in err
+    assert measuring("run", "rtn", "--retry")[0] == 0
+    assert measuring("run", "rtn")[0] == 0
+
+
+def test_bench_runs_the_whole_grid_with_three_seeds(measuring, small, figures):
+    """Oracle: by hand. The baseline and two settings, three seeds each; the quick form then leaves the document as it is."""
+    change(small, RTN, "bits: [4]", "bits: [4, 2]")
+    code, out, _ = measuring("bench", "weights", "--jobs", 1)
+    assert code == 0
+    found = document(figures / "weights.json")
+    assert len(found["rows"]) == 9 and "quick" not in found and found["seeds"] == [0, 1, 2]
+    assert "±" in out and "rtn    bits 2," in out
+    before = (figures / "weights.json").read_bytes()
+    code, out, err = measuring("run", "rtn")
+    assert code == 0 and "quick form" in out
+    assert "weights.json holds the full form's figures, and stays" in words(err)
+    assert (figures / "weights.json").read_bytes() == before
+
+
+def test_bench_of_chosen_methods_in_a_dashed_arena(measuring, folders, monkeypatch, figures):
+    from refimpl.bench import cells
+
+    monkeypatch.setattr(cells, "arenas", lambda: ["weights", "wei_ghts"])
+    monkeypatch.setitem(sys.modules, "refimpl.arena.wei_ghts", cells.open_arena("weights"))
+    code, _, err = measuring("bench", "wei-ghts", "--methods", "rtn", "--quick")
+    assert code == 1
+    assert "'rtn' is not in the arena wei_ghts; its arenas: weights" in err
+    assert measuring("bench", "weights", "--methods", "RTN", "--quick")[0] == 0
+    assert {row["method"] for row in document(figures / "weights.json")["rows"]} == {"16 bit", "rtn"}
+
+
+PLUGIN = """
+from refimpl.compression.quantization.weight_only.rtn import RTN
+
+class Mine(RTN):
+    ARENA = {"bits": [3, 5]}
+
+class Other:
+    def __call__(self, weight, inputs):
+        raise KeyError("mine")
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with somebody's module."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/my_plugin.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path / "here")
+    yield tmp_path / "here"
+    sys.modules.pop("my_plugin", None)
+
+
+def test_bench_of_a_plugin_beside_the_methods(measuring, here, figures):
+    """Oracle: its figures are RTN's at the same settings."""
+    code, out, _ = measuring("bench", "weights", "--plugin", "my_plugin:Mine", "--seeds", 1, "--jobs", 1)
+    assert code == 0
+    found = document(figures / "weights.json")
+    assert [(row["method"], row["settings"]) for row in found["rows"]] == [
+        ("16 bit", {}), ("my_plugin:Mine", {"bits": 3}), ("my_plugin:Mine", {"bits": 5}), ("rtn", {"bits": 4, "group_size": 32}),
+    ]  # fmt: skip
+    assert "my_plugin:" in out
+    errors = [row["figures"]["output_error"] for row in found["rows"]]
+    assert errors[0] < errors[2] < errors[1] < 1
+
+
+def test_a_plugin_that_fails_is_told_how_methods_are_called(measuring, here):
+    code, _, err = measuring("bench", "weights", "--plugin", "my_plugin:Other", "--quick", "--jobs", 1)
+    assert code == 1
+    assert "weights, my_plugin:Other {}: KeyError: 'mine'" in err
+    assert "refimpl/compression/protocol.py" in err
+
+
+def test_bench_exports(measuring, folders):
+    """Oracle: the files, by other people's parsers."""
+    files = [folders / f"x.{kind}" for kind in ("json", "csv", "html")]
+    code, _, _ = measuring(
+        "bench", "weights", "--quick", "--jobs", 1, *(part for f in files for part in ("--export", f))
+    )
+    assert code == 0
+    found = document(files[0])
+    assert {"commit", "dirty", "torch", "device", "threads"} <= found["environment"].keys()
+    assert found["seeds"] == [0] and len(found["summary"]) == 2
+    lines = list(csv.DictReader(files[1].read_text().splitlines()))
+    assert [float(line["output_error"]) for line in lines] == [row["figures"]["output_error"] for row in found["rows"]]
+    assert "Plotly.newPlot" in files[2].read_text()
+
+
+def test_bench_lists_the_arenas(measuring):
+    code, out, _ = measuring("bench")
+    assert code == 0
+    assert re.search(r"^weights +1 +2 +2 ", out, re.MULTILINE)
+    [weights] = [arena for arena in json.loads(measuring("bench", "--json")[1]) if arena["arena"] == "weights"]
+    assert weights["methods"] == ["rtn"] and (weights["cells"], weights["quick_cells"]) == (2, 2)
+    assert weights["about"].endswith(".") and weights["axes"] == {}
+
+
+def test_bench_of_all_arenas(measuring, monkeypatch, figures):
+    from refimpl.bench import cells
+
+    monkeypatch.setattr(cells, "arenas", lambda: ["attention", "weights"])
+    code, out, _ = measuring("bench", "all", "--quick", "--jobs", 1)
+    assert code == 0
+    assert out.index("attention, quick form") < out.index("weights, quick form")
+    assert {path.name for path in figures.glob("*.json")} == {"attention.json", "weights.json"}
+
+
+def test_a_model_that_an_arena_cannot_use(measuring, tmp_path, figures):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    code, _, err = measuring("run", "rtn", "--model", tmp_path / "model")
+    assert code == 1
+    assert "this arena's substrate is synthetic" in words(err)
+    assert document(figures / "weights-on-model.json")["model"] == "model"
+
+
+def test_ray_that_is_not_installed_is_named(measuring, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, out, err = measuring("bench", "weights", "--engine", "ray")
+    assert (code, out) == (1, "")
+    assert err == "error: this needs ray; install it with `pip install effllm[ray]`\n"
+
+
+def test_plotly_that_is_not_installed_is_named(measuring, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    code, out, err = measuring("bench", "weights", "--export", tmp_path / "x.html")
+    assert (code, out) == (1, "")
+    assert err == "error: this needs plotly; install it with `pip install effllm[docs]`\n"
+
+
+def test_a_store_that_is_something_else_is_named(measuring, tmp_path):
+    (tmp_path / "file").write_text("no database " * 99)
+    code, out, err = measuring("run", "rtn", "--store", tmp_path / "file")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert f"error: {tmp_path / 'file'} is no store of effllm" in err
+
+
+WAITS = """
+import os
+import signal
+class Waits:
+    ARENA = {"n": [1]}
+    def __init__(self, n): pass
+    def __call__(self, weight, inputs):
+        os.write(1, b"waiting\\n")
+        signal.pause()
+"""
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_says_what_is_stored(tmp_path, jobs):
+    """Real processes, all of which get the signal, as from a terminal; nothing but that line is said."""
+    (tmp_path / "my_waits.py").write_text(WAITS)
+    command = [sys.executable, "-m", "refimpl.cli", "bench", "weights", "--quick", "--jobs", jobs, "--methods", "rtn"]
+    command += ["--plugin", "my_waits:Waits", "--store", str(tmp_path / "b.sqlite"), "-o", str(tmp_path)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert process.stdout.readline() == "waiting\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert re.fullmatch(r"interrupted: [12] of 3 cells are stored; the same command goes on from there\n", err)
+    assert jobs == "2" or "2 of 3" in err
+    assert not (tmp_path / "weights.json").exists()
 
 
 # new
@@ -465,6 +694,18 @@ def test_new(effllm, small):
         (["run", "rtn", "gptq"], 1, "'gptq' has no implementation yet"),
         (["run", "rtn", "--device", "warp"], 1, "--device 'warp' cannot be used here: "),
         (["run", "rtn", "--device", "cuda:99"], 1, "--device 'cuda:99' cannot be used here: "),
+        (["run", "rtn", "--model", "/nowhere/model"], 1, "--model '/nowhere/model' is no folder; give the local folder of a Hugging Face"),
+        (["run", "rtn", "--model", "/proc"], 1, "--model '/proc' has no config.json"),
+        (["bench", "wieghts"], 1, "unknown arena 'wieghts'; did you mean 'weights'? (`effllm bench` lists all)"),
+        (["bench", "weights", "--methods", "rtm"], 1, "unknown method 'rtm'; did you mean 'rtn'?"),
+        (["bench", "weights", "--methods", "rtn,gptq"], 1, "'gptq' has no implementation yet"),
+        (["bench", "attention", "--methods", "rtn"], 1, "'rtn' is not in the arena attention; its arenas: weights"),
+        (["bench", "weights", "--engine", "dask"], 1, "--engine 'dask' must be one of loky, ray"),
+        (["bench", "weights", "--plugin", "mine"], 1, "'mine' must be package.module:Class"),
+        (["bench", "weights", "--plugin", "no_such_module:Mine"], 1, "no module 'no_such_module' in "),
+        (["bench", "weights", "--export", "x.doc"], 1, "--export 'x.doc' must end in .json, .csv, .html"),
+        (["bench", "weights", "--device", "warp"], 1, "--device 'warp' cannot be used here: "),
+        (["bench", "weights", "--jobs", "0"], 2, "--jobs"),
         (["new", "compresion/x"], 1, "no category 'compresion'; did you mean 'compression'?"),
         (["new", "x"], 1, "no category ''; give CATEGORY/ID"),
         (["new", "compression/Not Good"], 1, "id 'Not Good' must be lower-case letters, digits and single hyphens"),
@@ -526,7 +767,7 @@ def test_an_interrupt_ends_quietly(effllm, monkeypatch):
 def test_help_of_every_command(effllm):
     code, out, _ = effllm("--help")
     assert code == 0
-    for command in ("tree", "show", "search", "papers", "graph", "check", "claims", "run", "new"):
+    for command in ("tree", "show", "search", "papers", "graph", "check", "claims", "run", "bench", "new"):
         assert re.search(rf"^│ {command} ", out, re.MULTILINE)
         assert effllm(command, "-h")[0] == 0
 
@@ -592,11 +833,13 @@ def test_figures_are_means_over_seeds_with_their_spread():
     assert views.mean_text(rows[3:], "e") == "5"
     assert views.mean_text(rows[:2], "unknown") == "–"
     document = {"rows": rows, "metrics": [{"name": "e"}], "baseline": "o"}
-    table = views.figures_view(document, {"m", "n"})
-    assert [list(column.cells) for column in table.columns] == [
-        ["m", "n", "o"],
-        ["1", "1", "1"],
-        ["1.5 ±0.5", "failed", "5"],
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(views.figures_view(document, {"m", "n"}))
+    assert [line.split() for line in console.export_text().splitlines()] == [
+        ["method", "settings", "e"],
+        ["m", "b", "1", "1.5", "±0.5"],
+        ["n", "b", "1", "failed"],
+        ["o", "b", "1", "5"],
     ]
     assert views.settings_text({"settings": {"group_size": 32, "bits": 4}}) == "group size 32, bits 4"
 

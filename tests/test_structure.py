@@ -115,7 +115,7 @@ def family_files():
 def test_imports_are_found_wherever_they_stand():
     """The finder itself, on files known by heart: at the top, inside a function, of a module and of a name."""
     assert "refimpl.results" in imports("refimpl/cli.py")
-    assert "refimpl.arena.runner" in imports("refimpl/cli.py")
+    assert "refimpl.bench.runner" in imports("refimpl/cli.py")
     assert "taxonomy.reader" in imports("taxonomy/__init__.py")
     assert "torch" in tops("refimpl/environment.py")
 
@@ -125,10 +125,26 @@ def test_taxonomy_knows_neither_code_nor_tools():
         assert not tops(file) & {"torch", "numpy", "refimpl", "tools", "tests", "rich", "typer"}, file
 
 
-def test_nothing_imports_an_arena_but_the_command_line():
+def test_nothing_imports_an_arena_but_the_benchmark_and_nothing_the_benchmark_but_the_command_line():
     for file in sources("taxonomy", "refimpl"):
-        if file != "refimpl/cli.py" and not file.startswith("refimpl/arena/"):
+        if not file.startswith(("refimpl/arena/", "refimpl/bench/")):
             assert not [name for name in imports(file) if name.startswith("refimpl.arena")], file
+            if file != "refimpl/cli.py":
+                assert not [name for name in imports(file) if name.startswith("refimpl.bench")], file
+
+
+def test_an_arena_knows_neither_the_benchmark_nor_another_arena():
+    for file in sources("refimpl/arena"):
+        assert "refimpl.bench" not in {name[:13] for name in imports(file)}, file
+        known = {name for name in imports(file) if name.startswith("refimpl.arena")}
+        assert known <= {"refimpl.arena", "refimpl.arena.protocol"}, file
+
+
+def test_the_benchmark_knows_arenas_by_their_protocol_only():
+    for file in sources("refimpl/bench"):
+        known = {name for name in imports(file) if name.startswith("refimpl.arena")}
+        assert known <= {"refimpl.arena", "refimpl.arena.protocol"}, file
+        assert not {name.replace(".", "/").removeprefix("refimpl/") for name in imports(file)} & set(LEAVES), file
 
 
 def test_only_the_command_line_knows_the_tools():
@@ -167,9 +183,7 @@ def test_what_a_family_may_import(file):
             assert folder.startswith(path.rpartition("/")[0]), f"{file} imports {name}, which no folder above it holds"
 
 
-@pytest.mark.parametrize(
-    "file", sources("refimpl/model", "refimpl/testbed", "refimpl/arena") or ["refimpl/arena/__init__.py"]
-)
+@pytest.mark.parametrize("file", sources("refimpl/model", "refimpl/testbed", "refimpl/arena"))
 def test_substrate_and_arenas_know_no_method(file):
     """They meet methods through protocols: one that joins changes no line of them."""
     for name in imports(file):
@@ -210,7 +224,7 @@ def test_families_are_the_folders_of_the_taxonomy():
     """Oracle: the folders; none of a name that only one of the trees knows."""
     families = {path.name for path in taxonomy.ROOT.iterdir() if (path / "_category.yaml").is_file()}
     assert families == set(FAMILIES)
-    others = {"arena", "model", "testbed"}
+    others = {"arena", "bench", "model", "testbed"}
     for top in ("refimpl", "tests"):
         folders = {path.name for path in (ROOT / top).iterdir() if path.is_dir() and any(path.rglob("*.py"))}
         assert folders - others - {"taxonomy", "tools"} <= families
@@ -226,7 +240,9 @@ ELSEWHERE = {
     "taxonomy/graph/radial.py": "tests/taxonomy/graph/test_layout.py",
     "taxonomy/graph/ordering.py": "tests/taxonomy/graph/test_layout.py",  # steps of a layout
     "taxonomy/graph/sectors.py": "tests/taxonomy/graph/test_layout.py",
-    "refimpl/arena/protocol.py": "tests/arena/test_runner.py",  # declarations, which the runner reads
+    "refimpl/arena/protocol.py": "tests/bench/test_cells.py",  # declarations, to which every arena is held there
+    "refimpl/testbed/__init__.py": "tests/testbed/test_testbed.py",  # packages' own names
+    "refimpl/testbed/tasks/__init__.py": "tests/testbed/tasks/test_tasks.py",
 }
 
 

@@ -48,6 +48,8 @@ def test_rows_that_differ_in_the_seed_alone_stand_together():
     rows = [row("a", 0, bits=2), row("b", 0), row("a", 1, bits=2), row("a", 0, bits=4), row("b", 1)]
     groups = [[(r["method"], r["settings"].get("bits"), r["seed"]) for r in g] for g in views.group_rows(rows)]
     assert groups == [[("a", 2, 0), ("a", 2, 1)], [("b", None, 0), ("b", None, 1)], [("a", 4, 0)]]
+    apart = [{**row("a", 0), "axes": {"task": task}} for task in ("x", "y")]
+    assert len(views.group_rows([*apart, row("a", 0)])) == 3
 
 
 def test_settings_in_words():
@@ -63,11 +65,94 @@ def test_figures_leave_out_rivals_that_were_not_asked_for_and_name_failures():
     }
     lines = text(views.figures_view(document, {"a"})).splitlines()
     assert [line.split() for line in lines] == [
-        ["method", "bits", "bytes"],
+        ["method", "settings", "bytes"],
         ["none", "10"],
-        ["a", "2", "10"],
-        ["a", "9", "failed"],
+        ["a", "bits", "2", "10"],
+        ["a", "bits", "9", "failed"],
     ]
+
+
+def measured(method, task, length, seed=0, score=1.0, error=None, **settings):
+    return {
+        "method": method,
+        "settings": settings,
+        "axes": {"task": task, "length": length},
+        "seed": seed,
+        "figures": {} if error else {"score": score, "kept_bytes": 8},
+        **({"error": error} if error else {}),
+    }
+
+
+def axes_document(rows):
+    metrics = [{"name": "score", "unit": "share"}, {"name": "kept_bytes", "unit": "bytes"}]
+    return {"baseline": "none", "metrics": metrics, "axes": {"task": ["sum", "count"], "length": [1, 2]}, "rows": rows}
+
+
+def test_a_single_point_of_the_axes_is_one_table_that_names_it():
+    rows = [
+        measured("none", "sum", 2),
+        measured("a", "sum", 2, bits=2),
+        measured("a", "sum", 2, seed=1, score=3.0, bits=2),
+    ]
+    [sheet] = views.sheets(axes_document(rows), {"a"})
+    assert (sheet.title, sheet.axes, sheet.columns) == ("task sum, length 2", [], ["score", "kept bytes"])
+    assert [(row.method, row.settings, row.cells) for row in sheet.rows] == [
+        ("none", "", ["1", "8"]), ("a", "bits 2", ["2 ±1", "8"]),
+    ]  # fmt: skip
+
+
+def test_the_first_axis_makes_columns_and_the_others_stand_on_the_left():
+    """Oracle: by hand. One table a metric; the lines of a length stand together, the baseline first; names have a mean."""
+    rows = [
+        measured(method, task, length, score=score + length)
+        for method, score in (("none", 0.0), ("a", 10.0))
+        for task in ("count", "sum")
+        for length in (2, 1)
+    ]
+    rows[0]["figures"]["score"] = 100.0  # none, count, 2
+    first, second = views.sheets(axes_document(rows), {"a"})
+    assert (first.title, first.axes, first.columns) == ("score (share) by task", ["length"], ["sum", "count", "mean"])
+    assert [(row.method, row.axes, row.cells) for row in first.rows] == [
+        ("none", ["1"], ["1", "1", "1"]),
+        ("a", ["1"], ["11", "11", "11"]),
+        ("none", ["2"], ["2", "100", "51"]),
+        ("a", ["2"], ["12", "12", "12"]),
+    ]
+    assert second.title == "kept bytes (bytes) by task"
+    lines = text(views.figures_view(axes_document(rows), {"a"})).splitlines()
+    assert "score (share) by task" in lines and ["none", "2", "2", "100", "51"] in [line.split() for line in lines]
+
+
+def test_an_axis_of_numbers_has_no_mean_and_what_is_missing_is_a_dash():
+    rows = [measured("none", "sum", 1), measured("none", "sum", 2), measured("a", "sum", 2), measured("b", "count", 1)]
+    first, _ = views.sheets(axes_document(rows[:3]), {"a"})
+    assert first.title == "score (share) by length, task sum"
+    assert (first.columns, [row.cells for row in first.rows]) == (["1", "2"], [["1", "1"], ["–", "1"]])
+    first, _ = views.sheets(axes_document([measured("none", "sum", 1), measured("b", "count", 1)]), {"b"})
+    assert [row.cells for row in first.rows] == [["1", "–", "–"], ["–", "1", "–"]]
+
+
+def test_what_failed_in_part_is_counted_and_what_failed_whole_says_why():
+    rows = [
+        measured("a", "sum", 1),
+        measured("a", "sum", 1, seed=1, error="E: no"),
+        measured("b", "sum", 1, error="E: all"),
+    ]
+    [sheet] = views.sheets(axes_document(rows), {"a", "b"})
+    assert [(row.settings, row.cells, row.error) for row in sheet.rows] == [
+        ("1 of 2 failed", ["1", "8"], None), ("", ["–", "–"], "E: all"),
+    ]  # fmt: skip
+
+
+def test_a_row_of_an_earlier_version_and_a_simulation_are_marked():
+    rows = [{**measured("a", "sum", 1), "version": 3, "simulated": True}]
+    [sheet] = views.sheets(axes_document(rows), {"a"})
+    assert (sheet.rows[0].settings, sheet.rows[0].simulated) == ("version 3", True)
+
+
+def test_arenas_with_how_much_there_is_to_run():
+    arena = {"arena": "toy", "about": "[Toys].", "methods": ["a", "b"], "cells": 1234, "quick_cells": 5}
+    assert text(views.arenas_view([arena])).splitlines()[1].split() == ["toy", "2", "1,234", "5", "[Toys]."]
 
 
 def test_every_method_category_and_framework_can_be_shown_narrow():

@@ -24,8 +24,8 @@ import plotly
 from markupsafe import Markup
 
 import taxonomy
-from refimpl import results
-from refimpl.views import group_rows, mean_text, settings_text
+from refimpl import plots, results
+from refimpl.views import sheets
 from taxonomy import Category, Facets, Framework, InvalidTaxonomy, Method, Taxonomy
 from taxonomy import graph as graphs
 
@@ -114,11 +114,15 @@ class Site:
     def tables_for(self, methods: Sequence[Method]) -> list[dict[str, Any]]:
         """The arenas in which these methods have figures."""
         names = dict.fromkeys(name for m in methods for name in m.arena if name in self.documents)
-        return [_table(self.documents[name], {m.id for m in methods}) for name in names]
+        return [_table(self.documents[name], {m.id for m in methods}, most=3) for name in names]
 
-    def elsewhere(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Environments of methods that were measured in another than the document's."""
-        return {row["method"]: row["environment"] for row in rows if row.get("environment")}
+    def elsewhere(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+        """Methods that were measured in another environment than the document's, with theirs; each environment once."""
+        found: dict[str, dict[str, None]] = {}
+        for row in rows:
+            if row.get("environment"):
+                found.setdefault(json.dumps(row["environment"]), {})[row["method"]] = None
+        return [(", ".join(methods), json.loads(own)) for own, methods in found.items()]
 
     def facet(self, method: Method, name: str) -> Any:
         """One facet of a method."""
@@ -176,7 +180,7 @@ class Site:
             papers=[self.tree.papers[key] for key in method.papers],
             picture=self._picture(path, around, "layered") if around.number_of_nodes() > 1 else None,
             oracles=oracles(self.root / "tests" / _test_path(method)) if method.implemented else [],
-            tables=[_table(self.documents[a], rivals | {method.id}) for a in method.arena if a in self.documents],
+            tables=[_table(self.documents[a], rivals | {method.id}, 3) for a in method.arena if a in self.documents],
         )
 
     def _papers(self) -> None:
@@ -201,17 +205,16 @@ class Site:
         arenas = {name: d for name, d in self.documents.items() if "arena" in d}
         for name, document in arenas.items():
             methods = {row["method"] for row in document["rows"]}
-            table = _table(document, methods)
             self.page(
                 f"results/{name}.md",
                 "arena.md.j2",
                 document=document,
-                table=table,
+                table=_table(document, methods),
                 name=name,
-                figures=_figures(document),
+                figures=plots.figures(document),
             )
             self.put(f"results/{name}.json", json.dumps(document, indent=1) + "\n")
-            self.put(f"results/{name}.csv", _csv(document))
+            self.put(f"results/{name}.csv", results.csv_text(document))
         scaling = self.documents.get("scaling")
         self.page("results/index.md", "results.md.j2", arenas=arenas, claims=claims, scaling=scaling)
         self.put(
@@ -332,57 +335,9 @@ def _yaml_nav(title: str, entries: Sequence[str]) -> str:
     return "\n".join([*lines, *(f"- {entry}" for entry in entries)]) + "\n"
 
 
-def _table(document: Mapping[str, Any], methods: set[str]) -> dict[str, Any]:
-    """An arena's rows as cells of text, the baseline first."""
-    rows = []
-    for group in group_rows(row for row in document["rows"] if row["method"] in methods | {document["baseline"]}):
-        failed = next((row["error"] for row in group if row.get("error")), None)
-        cells = [failed] if failed else [mean_text(group, metric["name"]) for metric in document["metrics"]]
-        first = group[0]
-        rows.append(
-            {
-                "method": first["method"],
-                "settings": settings_text(first),
-                "cells": cells,
-                "simulated": first.get("simulated", False),
-            }
-        )
-    return {"document": document, "rows": rows}
-
-
-def _figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Plotly data: the first metric against each of the others, one trace a method."""
-    first, *others = document["metrics"]
-    groups = [g for g in group_rows(document["rows"]) if not any(row.get("error") for row in g)]
-    figures = []
-    for metric in others:
-        traces: dict[str, dict[str, Any]] = {}
-        for group in groups:
-            name = group[0]["method"]
-            empty = {"name": name, "mode": "markers", "type": "scatter", "x": [], "y": [], "text": []}
-            trace = traces.setdefault(name, empty)
-            trace["x"].append(_mean(group, metric["name"]))
-            trace["y"].append(_mean(group, first["name"]))
-            trace["text"].append(settings_text(group[0]) or name)
-        axes = {axis: f"{m['name'].replace('_', ' ')} ({m['unit']})" for axis, m in (("x", metric), ("y", first))}
-        figures.append({"data": list(traces.values()), **axes})
-    return figures
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
-    values = [row["figures"][metric] for row in rows]
-    return float(sum(values) / len(values))
-
-
-def _csv(document: Mapping[str, Any]) -> str:
-    names = [metric["name"] for metric in document["metrics"]]
-    text = io.StringIO()
-    write = csv.writer(text, lineterminator="\n")
-    write.writerow(["method", "settings", "seed", *names, "error"])
-    for row in document["rows"]:
-        figures = [row["figures"].get(name) for name in names]
-        write.writerow([row["method"], json.dumps(row["settings"]), row["seed"], *figures, row.get("error")])
-    return text.getvalue()
+def _table(document: dict[str, Any], methods: set[str], most: int | None = None) -> dict[str, Any]:
+    """An arena's figures of some methods, as the tables that the terminal shows; `most` leaves out those of later metrics."""
+    return {"document": document, "sheets": sheets(document, methods)[:most]}
 
 
 def _papers_csv(papers: Any) -> str:

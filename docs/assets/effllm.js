@@ -107,7 +107,12 @@ function plots(figures) {
     const axis = (title) => ({ title: { text: title }, gridcolor: "rgba(128,128,128,0.25)", automargin: true });
     const layout = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink }, margin: { t: 20 },
       xaxis: axis(figure.x), yaxis: axis(figure.y), showlegend: true, legend: { orientation: "h", y: -0.25 } };
-    for (const trace of figure.data) trace.marker = { size: 11 };
+    if (figure.buttons.length) {
+      layout.margin.t = 60;
+      layout.updatemenus = [{ x: 0, xanchor: "left", y: 1.03, yanchor: "bottom", bgcolor: "#fff", font: { color: "#222" },
+        buttons: figure.buttons.map(({ label, update }) => ({ label, method: "restyle", args: [update] })) }];
+    }
+    for (const trace of figure.data) trace.marker = { size: trace.mode === "markers" ? 11 : 7 };
     Plotly.newPlot(element, figure.data, layout, { responsive: true, displaylogo: false });
   }
 }

@@ -8,7 +8,6 @@ nearly to the key's own value. Nothing is trained: a method meets queries and ke
 
 import math
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from refimpl.architecture.attention.protocol import Attention, Softmax
-from refimpl.arena.protocol import Metric
+from refimpl.arena.protocol import Conditions, Metric, clock, takes_no_model
 
 HEADS, DIM = 4, 32
 PAIRS = 16
@@ -27,6 +26,7 @@ ABOUT = (
     "Four heads of dimension 32 on synthetic, untrained queries, keys and values, causal: distance to exact attention, "
     "recall of 16 stored pairs, growth of operations with length, bytes that a decoder holds, and time of a forward."
 )
+VERSION = 1
 METRICS = (
     Metric("error", "share of exact attention's norm", "lower"),
     Metric("recall", "share of 16 pairs", "higher"),
@@ -35,22 +35,24 @@ METRICS = (
     Metric("seconds_2048", "seconds for 2,048 tokens", "lower", exact=False),
 )
 BASELINE = "softmax attention"
+AXES: dict[str, tuple[Any, ...]] = {}
+QUICK: dict[str, tuple[Any, ...]] = {}
 
 
-def baseline(generator: torch.Generator, device: torch.device) -> dict[str, float]:
+def baseline(conditions: Conditions) -> dict[str, float]:
     """Exact attention by PyTorch's kernels."""
-    return _figures(Softmax(), generator, device)
+    return _figures(Softmax(), conditions)
 
 
-def measure(
-    implementation: Any, settings: dict[str, Any], generator: torch.Generator, device: torch.device
-) -> dict[str, float]:
+def measure(implementation: Any, settings: dict[str, Any], conditions: Conditions) -> dict[str, float]:
     """The method `implementation(**settings)`."""
-    return _figures(implementation(**settings), generator, device)
+    return _figures(implementation(**settings), conditions)
 
 
 @torch.no_grad()
-def _figures(method: Attention, generator: torch.Generator, device: torch.device) -> dict[str, float]:
+def _figures(method: Attention, conditions: Conditions) -> dict[str, float]:
+    takes_no_model(conditions)
+    generator, device = conditions.generator, conditions.device
     q, k, v = (x.to(device) for x in _topics(512, generator))
     exact = Softmax()(q, k, v)
     long = _draw(4096, generator).to(device)
@@ -60,7 +62,7 @@ def _figures(method: Attention, generator: torch.Generator, device: torch.device
         "recall": _recall(method, generator, device),
         "flops_exponent": math.log(flops(method, medium) / flops(method, short), 4),
         "state_bytes_4096": method.state_bytes(half, half),
-        "seconds_2048": _seconds(method, medium),
+        "seconds_2048": _seconds(method, medium, 1 if conditions.quick else 5),
     }
 
 
@@ -94,11 +96,11 @@ def _recall(method: Attention, generator: torch.Generator, device: torch.device)
     return float((answers == asked).float().mean())
 
 
-def _seconds(method: Attention, x: Tensor) -> float:
-    """Median of five forwards, after one to warm up."""
+def _seconds(method: Attention, x: Tensor, repeats: int) -> float:
+    """Median of a few forwards, after one to warm up."""
     seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
+    for _ in range(1 + repeats):
+        start = clock(x.device)
         method(x, x, x)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock(x.device) - start)
     return statistics.median(seconds[1:])

@@ -10,7 +10,6 @@ held-out data.
 import copy
 import math
 import statistics
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refimpl.arena.protocol import Metric
+from refimpl.arena.protocol import Conditions, Metric, clock, takes_no_model
 from refimpl.finetuning.protocol import FineTuning, M
 
 VOCABULARY, LENGTH, WIDTH, HEADS, LAYERS = 16, 8, 64, 4, 2
-BATCH, PRETRAINING_STEPS, STEPS = 32, 200, 120
+BATCH, PRETRAINING_STEPS, STEPS, QUICK_STEPS = 32, 200, 120, 30
 LEARNING_RATES = (1e-2, 3e-2)
 
 ABOUT = (
     "A two-layer decoder of width 64, trained on one synthetic token task and adapted to a shifted one in 120 steps: "
     "accuracy on the new task, parameters trained, bytes of AdamW's state, time of a step, and time of the merged model."
 )
+VERSION = 1
 METRICS = (
     Metric("accuracy", "share of positions right", "higher"),
     Metric("trained_parameters", "parameters", "lower"),
@@ -37,6 +37,8 @@ METRICS = (
     Metric("latency_after_merge", "times the original model's", "lower", exact=False),
 )
 BASELINE = "full fine-tuning"
+AXES: dict[str, tuple[Any, ...]] = {}
+QUICK: dict[str, tuple[Any, ...]] = {}
 
 
 class FullFineTuning:
@@ -74,12 +76,22 @@ class Substrate:
     seed: int
 
 
-def substrate(generator: torch.Generator, device: torch.device) -> Substrate:
-    """Draw the tasks and the data, and train the model on task A."""
+@dataclass(frozen=True)
+class Spent:
+    """Cost of a training: bytes of the optimizer's state, median seconds of a step; and the loss of each step."""
+
+    optimizer_bytes: int
+    seconds_per_step: float
+    losses: list[float]
+
+
+def substrate(generator: torch.Generator, device: torch.device, steps: int | None = None) -> Substrate:
+    """Draw the tasks and the data, and train the model on task A; `steps` is how long a method adapts it, 120 if None."""
+    steps = steps or STEPS
     tables = torch.randn(2, 2, VOCABULARY, VOCABULARY, generator=generator)
     angle = math.pi / 2 / 4
     shifted = math.cos(angle) * tables[0] + math.sin(angle) * tables[1]
-    draws = [(tables[0], PRETRAINING_STEPS * BATCH), (shifted, STEPS * BATCH), (shifted, 256), (shifted, 512)]
+    draws = [(tables[0], PRETRAINING_STEPS * BATCH), (shifted, steps * BATCH), (shifted, 256), (shifted, 512)]
     before, train, held_out, test = (_draw(table, n, generator, device) for table, n in draws)
     seed = int(torch.randint(2**31, (), generator=generator))
     with torch.random.fork_rng():
@@ -89,37 +101,44 @@ def substrate(generator: torch.Generator, device: torch.device) -> Substrate:
     return Substrate(model, train, held_out, test, seed)
 
 
-def baseline(generator: torch.Generator, device: torch.device) -> dict[str, float]:
+def baseline(conditions: Conditions) -> dict[str, float]:
     """Full fine-tuning."""
-    return figures(substrate(generator, device), FullFineTuning())
+    return _under(conditions, FullFineTuning())
 
 
-def measure(
-    implementation: Any, settings: dict[str, Any], generator: torch.Generator, device: torch.device
-) -> dict[str, float]:
+def measure(implementation: Any, settings: dict[str, Any], conditions: Conditions) -> dict[str, float]:
     """The method `implementation(**settings)`."""
-    method = implementation(**settings)
-    return figures(substrate(generator, device), method)
+    return _under(conditions, implementation(**settings))
 
 
-def figures(given: Substrate, method: FineTuning) -> dict[str, float]:
-    """Adapt copies of the substrate's model at each learning rate, merge the best, and measure it."""
+def _under(conditions: Conditions, method: FineTuning) -> dict[str, float]:
+    takes_no_model(conditions)
+    given = substrate(conditions.generator, conditions.device, QUICK_STEPS if conditions.quick else None)
+    return figures(given, method, conditions.curves)
+
+
+def figures(
+    given: Substrate, method: FineTuning, curves: dict[str, list[tuple[float, float]]] | None = None
+) -> dict[str, float]:
+    """Adapt copies of the substrate's model at each learning rate, merge the best, and measure it; `curves` gets its loss."""
     runs = []
     for learning_rate in LEARNING_RATES:
         with torch.random.fork_rng():
             torch.manual_seed(given.seed)  # for dropout
             model = method.inject(copy.deepcopy(given.model), torch.Generator().manual_seed(given.seed))
             parameters = method.trainable(model)
-            optimizer_bytes, seconds = _train(model, parameters, given.train, learning_rate)
-        runs.append((_accuracy(model, given.held_out), -learning_rate, model, optimizer_bytes, seconds))
-    _, _, model, optimizer_bytes, seconds = max(runs, key=lambda run: run[:2])
+            spent = _train(model, parameters, given.train, learning_rate)
+        runs.append((_accuracy(model, given.held_out), -learning_rate, model, spent))
+    _, _, model, spent = max(runs, key=lambda run: run[:2])
+    if curves is not None:
+        curves["loss over steps"] = [(step, loss) for step, loss in enumerate(spent.losses, 1) if step % 5 == 0]
     trained = sum(parameter.numel() for parameter in method.trainable(model).values())
     merged = method.merge(model)
     return {
         "accuracy": _accuracy(merged, given.test),
         "trained_parameters": trained,
-        "optimizer_bytes": optimizer_bytes,
-        "seconds_per_step": seconds,
+        "optimizer_bytes": spent.optimizer_bytes,
+        "seconds_per_step": spent.seconds_per_step,
         "latency_after_merge": _latency_ratio(merged, given.model, given.test.inputs[:BATCH]),
     }
 
@@ -170,29 +189,24 @@ def _draw(tables: Tensor, n: int, generator: torch.Generator, device: torch.devi
     return Data(inputs.to(device), labels.to(device))
 
 
-def _train(
-    model: nn.Module, parameters: dict[str, nn.Parameter], data: Data, learning_rate: float
-) -> tuple[int, float]:
-    """One pass in batches with AdamW, the rate rising for a tenth of the steps and falling to zero.
-
-    Returns:
-        Bytes of the optimizer's state and median seconds of a step.
-    """
+def _train(model: nn.Module, parameters: dict[str, nn.Parameter], data: Data, learning_rate: float) -> Spent:
+    """One pass in batches with AdamW, the rate rising for a tenth of the steps and falling to zero."""
     steps = len(data.inputs) // BATCH
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-    seconds = []
+    seconds, losses = [], []
     for step in range(steps):
-        start = time.perf_counter()
+        start = clock(data.inputs.device)
         batch = slice(step * BATCH, (step + 1) * BATCH)
         loss = F.cross_entropy(model(data.inputs[batch])[:, 1:].flatten(0, 1), data.labels[batch].flatten())
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock(data.inputs.device) - start)
+        losses.append(loss.detach())
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(value.nbytes for value in held), statistics.median(seconds)
+    return Spent(sum(value.nbytes for value in held), statistics.median(seconds), torch.stack(losses).tolist())
 
 
 @torch.no_grad()
@@ -208,8 +222,8 @@ def _latency_ratio(model: nn.Module, original: nn.Module, inputs: Tensor) -> flo
     for _ in range(21):
         seconds = []
         for candidate in (model, original):
-            start = time.perf_counter()
+            start = clock(inputs.device)
             candidate(inputs)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock(inputs.device) - start)
         ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios)

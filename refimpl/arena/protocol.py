@@ -1,4 +1,7 @@
-"""What an arena module provides.
+"""Arenas: fixed substrates on which all methods of a family are run side by side; and what an arena's module provides.
+
+An arena is a module of this folder. A method joins it in its YAML file, `arena: {weights: {bits: [2, 4]}}`; each combination
+of the settings given there is run at each point of the arena's axes. `refimpl/bench` runs them.
 
     ABOUT      one sentence: substrate, task, what is compared
     VERSION    counts up whenever the same seed would give other figures
@@ -13,6 +16,7 @@
 draw everything random from `conditions.generator`, so that a seed fixes the substrate: every method meets the same one.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +53,23 @@ class Conditions:
     quick: bool = False
     model: Path | None = None
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+def takes_no_model(conditions: Conditions) -> None:
+    """For an arena whose substrate is synthetic.
+
+    Raises:
+        ValueError: a model was given.
+    """
+    if conditions.model is not None:
+        raise ValueError(f"--model {conditions.model}: this arena's substrate is synthetic; leave the option out")
+
+
+def clock(device: torch.device) -> float:
+    """Seconds by a clock that goes on only, once all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class Arena(Protocol):

@@ -5,14 +5,13 @@ are correlated (rank-64 signal plus noise), with eight channels 20 times larger 
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refimpl.arena.protocol import Metric
+from refimpl.arena.protocol import Conditions, Metric, clock, takes_no_model
 
 OUT, IN, ROWS = 256, 512, 1024
 
@@ -20,6 +19,7 @@ ABOUT = (
     "A synthetic layer of 256 outputs and 512 inputs with correlated inputs and eight outlier channels: relative error of "
     "the output, bytes held, and the time to compress."
 )
+VERSION = 1
 METRICS = (
     Metric("output_error", "share of ‖XWᵀ‖", "lower"),
     Metric("weight_error", "share of ‖W‖", "lower"),
@@ -28,6 +28,8 @@ METRICS = (
     Metric("seconds", "seconds", "lower", exact=False),
 )
 BASELINE = "16 bit"
+AXES: dict[str, tuple[Any, ...]] = {}
+QUICK: dict[str, tuple[Any, ...]] = {}
 
 
 def substrate(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -40,30 +42,34 @@ def substrate(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return weight, inputs
 
 
-def baseline(generator: torch.Generator, device: torch.device) -> dict[str, float]:
+def baseline(conditions: Conditions) -> dict[str, float]:
     """The weight in bfloat16."""
-    weight, inputs = (tensor.to(device) for tensor in substrate(generator))
-    half, seconds = _median_time(weight.bfloat16)
+    weight, inputs = _on_device(conditions)
+    half, seconds = _median_time(weight.bfloat16, conditions)
     return _figures(weight, inputs, half.float(), half.nbytes, seconds)
 
 
-def measure(
-    implementation: Any, settings: dict[str, Any], generator: torch.Generator, device: torch.device
-) -> dict[str, float]:
+def measure(implementation: Any, settings: dict[str, Any], conditions: Conditions) -> dict[str, float]:
     """The weight compressed by `implementation(**settings)`."""
-    weight, inputs = (tensor.to(device) for tensor in substrate(generator))
+    weight, inputs = _on_device(conditions)
     method = implementation(**settings)
-    compressed, seconds = _median_time(lambda: method(weight, inputs))
+    compressed, seconds = _median_time(lambda: method(weight, inputs), conditions)
     return _figures(weight, inputs, compressed.dense(), compressed.nbytes, seconds)
 
 
-def _median_time(step: Callable[[], Any]) -> tuple[Any, float]:
-    """What a step returns, and its median time over nine runs after the first."""
+def _on_device(conditions: Conditions) -> tuple[Tensor, Tensor]:
+    takes_no_model(conditions)
+    weight, inputs = substrate(conditions.generator)
+    return weight.to(conditions.device), inputs.to(conditions.device)
+
+
+def _median_time(step: Callable[[], Any], conditions: Conditions) -> tuple[Any, float]:
+    """What a step returns, and its median time over nine runs after the first; quick: over one."""
     value, times = step(), []
-    for _ in range(9):
-        start = time.perf_counter()
+    for _ in range(1 if conditions.quick else 9):
+        start = clock(conditions.device)
         value = step()
-        times.append(time.perf_counter() - start)
+        times.append(clock(conditions.device) - start)
     return value, statistics.median(times)
 
 

@@ -1,26 +1,43 @@
-r"""What all methods share that compress one weight matrix.
+r"""What all methods share that compress a model: layer by layer, or as a whole.
 
 Glossary
     weight      $W$, `[out, in]`, as in `torch.nn.Linear`
     inputs      $X$, `[n, in]`, what the layer saw on calibration data, one row a token
     dense       $\hat W$, `[out, in]`, what the compressed weight multiplies by
     nbytes      bytes held: codes, scales, zeros, indices, factors; everything
+    calibration a list of batches, each a tensor or a dict of keyword arguments that the model is called with
 
-A method is a configuration that is called on a layer, `Method(**config)(weight, inputs) -> CompressedWeight`; one that needs
-no data ignores `inputs`. `compress` drives it over a model.
+A *layer method* is a configuration that is called on a layer, `Method(**config)(weight, inputs) -> CompressedWeight`; one
+that needs no data ignores `inputs`. `compress` drives it over a model. A *model method* is called on the whole model,
+`Method(**config)(model, calibration) -> model`. `apply` runs either.
 
-Invariants, run for every method by `tests/compression/test_protocol.py`: weight and inputs are not written; the same call
-gives the same result; `dense()` has the weight's shape and dtype; `nbytes` is what its buffers hold; saving and loading the
-buffers is the identity; nothing of the last layer is left in the next.
+Invariants, run for every method by `tests/compression/test_protocol.py`. Of a layer: weight and inputs are not written; the
+same call gives the same result; `dense()` has the weight's shape and dtype; `multiply` is the product with it; `nbytes` is
+what its buffers hold; saving and loading the buffers is the identity; nothing of the last layer is left in the next. Of a
+model: the one given is not written; the same call gives the same result; fewer parameters are held; a batch equals its rows
+one by one; decoding with a cache equals reading at once; saving and loading is the identity; the largest setting leaves a
+model that runs.
+
+Examples:
+    >>> from refimpl.compression.quantization.weight_only.rtn import RTN
+    >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> small = compress(model, RTN(bits=4, group_size=32))
+    >>> sum(held.nbytes for held in model.parameters()), sum(held.nbytes for held in small.buffers())
+    (10528, 1768)
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from refimpl.compression.calibration import batches_of, inputs_by_group
+from refimpl.model.linear import is_linear, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,6 +48,10 @@ class CompressedWeight(nn.Module):
     def dense(self) -> Tensor:
         r"""$\hat W$, `[out, in]`, in the dtype of the weight that was compressed."""
         raise NotImplementedError
+
+    def multiply(self, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+        r"""$X \hat W^\top + b$, `[..., in]` to `[..., out]`; a form that multiplies without `dense` overrides it."""
+        return F.linear(inputs, self.dense(), bias)
 
     @property
     def nbytes(self) -> int:
@@ -46,18 +67,68 @@ class LayerMethod(Protocol):
         ...
 
 
-class CompressedLinear(nn.Module):
-    """A linear layer that multiplies by a compressed weight."""
+class ModelMethod(Protocol):
+    """A method that compresses a model as a whole."""
 
-    def __init__(self, weight: CompressedWeight, bias: Tensor | None) -> None:
+    def __call__(self, model: M, calibration: Iterable[Any] = ()) -> M:
+        """A compressed copy in evaluation mode; `model` is left unchanged."""
+        ...
+
+
+class CompressedLinear(nn.Module):
+    """A linear layer that multiplies by a compressed weight.
+
+    Args:
+        compressed: the weight.
+        bias: `[out]`, copied.
+    """
+
+    def __init__(self, compressed: CompressedWeight, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = weight
+        self.compressed = compressed
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, `[out, in]`, for code that reads a layer's weight instead of calling the layer."""
+        return self.compressed.dense()
+
     def forward(self, inputs: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        return nn.functional.linear(inputs, self.weight.dense(), self.bias)
+        return self.compressed.multiply(inputs, self.bias)
+
+
+def check_layer(weight: Tensor, inputs: Tensor | None = None) -> None:
+    """Refuse what no method can compress.
+
+    Raises:
+        ValueError: the weight is no matrix, is empty, or holds NaN or infinity; so do the inputs, or their width is not the
+            weight's.
+    """
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix [out, in] with at least one element")
+    if not torch.isfinite(weight).all():
+        raise ValueError("weight holds NaN or infinity: it can't be compressed")
+    if inputs is None:
+        return
+    if inputs.ndim != 2 or inputs.shape[1] != weight.shape[1] or len(inputs) == 0:
+        raise ValueError(
+            f"inputs of shape {tuple(inputs.shape)} must be [n, in] with n >= 1 and in = {weight.shape[1]}, the weight's "
+            "columns"
+        )
+    if not torch.isfinite(inputs).all():
+        raise ValueError("inputs hold NaN or infinity: look for the calibration text that causes it")
+
+
+def takes_layers(method: LayerMethod | ModelMethod) -> TypeGuard[LayerMethod]:
+    """Whether a method is called on a layer's weight; otherwise it takes a whole model."""
+    return next(iter(inspect.signature(method).parameters)) == "weight"
+
+
+def apply(method: LayerMethod | ModelMethod, model: M, calibration: Iterable[Any] = ()) -> M:
+    """A model compressed by a method of either kind: through `compress` at its defaults, or as a whole."""
+    return compress(model, method, calibration) if takes_layers(method) else method(model, calibration)  # type: ignore[return-value,arg-type]
 
 
 def compress(
@@ -69,14 +140,14 @@ def compress(
     skip: Sequence[str] = ("lm_head",),
     done: Callable[[str], None] = lambda _: None,
 ) -> M:
-    """A copy of a model whose linear layers are compressed, in the order in which they stand.
+    """A copy of a model whose linear layers are compressed, in the order in which the data reaches them.
 
     Each layer's inputs are what the *already compressed* layers before it make of the calibration data, so that errors do
-    not add up unseen. A tied weight (the output embedding, as a rule) is left alone.
+    not add up unseen; every position counts, padding too. A tied weight (the output embedding, as a rule) is left alone.
 
     Args:
         model: any module; left unchanged.
-        method: applied to each `torch.nn.Linear`.
+        method: applied to each `torch.nn.Linear`, and to transformers' `Conv1D`.
         calibration: batches, each a tensor or a dict of keyword arguments that the model is called with.
         target: patterns of the whole names of layers to compress, as in a shell.
         skip: patterns of those to leave.
@@ -86,37 +157,52 @@ def compress(
         The compressed copy, in evaluation mode.
 
     Raises:
-        ValueError: a pattern stands alone instead of in a list, no linear layer's name matches, or the calibration data never reaches one.
+        ValueError: a pattern stands alone instead of in a list; no linear layer's name matches; a layer that does is compressed
+            already or holds integers; the calibration data is no list of batches, never reaches a layer, or makes NaN there.
     """
     for name, patterns in {"target": target, "skip": skip}.items():
         if isinstance(patterns, str):
             raise ValueError(f"{name}={patterns!r} must be a list of patterns: [{patterns!r}]")
+    batches = batches_of(calibration)
     model = copy.deepcopy(model).eval()
-    batches = list(calibration)
-    shared = _shared_weights(model)
-    names = [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
-        and any(fnmatch(name, pattern) for pattern in target)
-        and not any(fnmatch(name, pattern) for pattern in skip)
-        and layer.weight not in shared
-    ]
-    if not names:
-        linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-        raise ValueError(
-            f"target={list(target)} with skip={list(skip)} matches no linear layer; the model's: {linear[:8] or 'none'}"
-        )
-    for name in names:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        inputs = _inputs_of(model, layer, batches) if batches else None
-        with torch.no_grad():
-            packed = CompressedLinear(method(layer.weight.detach(), inputs), layer.bias)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, packed)
-        done(name)
+    layers = _matching(model, target, skip)
+    groups = inputs_by_group(model, layers, batches) if batches else (([name], None) for name in layers)
+    for names, inputs in groups:
+        for name in names:
+            layer = layers[name]
+            with torch.no_grad():
+                packed = CompressedLinear(method(weight_of(layer), inputs), layer.bias)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, packed)
+            done(name)
     return model
+
+
+def _matching(model: nn.Module, target: Sequence[str], skip: Sequence[str]) -> dict[str, nn.Linear]:
+    """The layers to compress, by name, in the order in which they stand."""
+    layers = {name: layer for name, layer in model.named_modules() if name and is_linear(layer)}
+    compressed = {name for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
+    found = {
+        name
+        for name in layers.keys() | compressed
+        if any(fnmatch(name, pattern) for pattern in target) and not any(fnmatch(name, pattern) for pattern in skip)
+    }
+    if found & compressed:
+        raise ValueError(
+            f"layer {min(found & compressed)!r} is compressed already; start from the original model, or leave it out by `skip`"
+        )
+    shared = _shared_weights(model)
+    matching = {name: layer for name, layer in layers.items() if name in found and layer.weight not in shared}
+    if not matching:
+        raise ValueError(
+            f"target={list(target)} with skip={list(skip)} matches no linear layer; the model's: {list(layers)[:8] or 'none'}"
+        )
+    for name, layer in matching.items():
+        if not layer.weight.is_floating_point():
+            raise ValueError(
+                f"layer {name!r} holds {layer.weight.dtype}; only floating-point weights can be compressed"
+            )
+    return matching
 
 
 def _shared_weights(model: nn.Module) -> set[Tensor]:
@@ -126,18 +212,3 @@ def _shared_weights(model: nn.Module) -> set[Tensor]:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         (shared if parameter in seen else seen).add(parameter)
     return shared
-
-
-@torch.no_grad()
-def _inputs_of(model: nn.Module, layer: nn.Module, batches: list[Any]) -> Tensor:
-    """What reaches `layer` when the model runs on the batches, `[n, in]`."""
-    rows: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: rows.append(args[0].detach().flatten(0, -2)))
-    try:
-        for batch in batches:
-            model(**batch) if isinstance(batch, dict) else model(batch)
-    finally:
-        handle.remove()
-    if not rows:
-        raise ValueError("the calibration data never reaches one of the layers to compress; leave it out by `skip`")
-    return torch.cat(rows)

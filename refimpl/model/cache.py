@@ -26,7 +26,11 @@ class Cache(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens seen, whatever is kept of them; a decoder reads it before the first layer's `update`."""
+        """Where the next token stands: tokens seen, whatever is kept of them; a decoder reads it before the first `update`.
+
+        A cache that places tokens inside itself counts off here by how much it has moved them; then every row must have
+        at least as many tokens, and all positions that `update` returns are moved alike.
+        """
         ...
 
     @property

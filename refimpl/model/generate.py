@@ -54,7 +54,7 @@ def generate(
         >>> generate(model, torch.tensor([[5, 7, 33]]), 4).shape
         torch.Size([1, 4])
     """
-    _check(model, tokens, n, temperature, generator, padding, prefill_chunk)
+    check_arguments(model, tokens, n, temperature, generator, padding, prefill_chunk)
     if cache is None:
         cache = FullCache(model.config.sliding_window, reserve=tokens.shape[1] + n - 1)
     for chunk in torch.split(tokens, prefill_chunk or tokens.shape[1], dim=1):
@@ -105,19 +105,33 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator | Non
     """A token of each row, `[batch]`, from logits `[batch, vocabulary]`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    return torch.multinomial(probabilities(logits, temperature), 1, generator=generator).squeeze(1)
 
 
-def _check(
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """What tokens are drawn from at a temperature above 0: `[..., vocabulary]` to the same, float32 at least.
+
+    Examples:
+        >>> probabilities(torch.tensor([0.0, 2.0]), 2.0).tolist()
+        [0.2689414322376251, 0.7310585975646973]
+    """
+    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).softmax(dim=-1)
+
+
+def check_arguments(
     model: Decoder,
     tokens: Tensor,
     n: int,
     temperature: float,
     generator: torch.Generator | None,
     padding: Tensor | None,
-    prefill_chunk: int | None,
+    prefill_chunk: int | None = None,
 ) -> None:
+    """Check what `generate` and every other way of decoding is called with.
+
+    Raises:
+        ValueError: an argument outside its range, or a token outside the vocabulary.
+    """
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)} must be [batch, time], not empty")
     low, high = (int(x) for x in tokens.aminmax())

@@ -9,19 +9,18 @@ Not here: pickles (`.bin`, `.pt`), which run code when they are read; the hub; q
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from refimpl.model.config_json import config_json, read_config
 from refimpl.model.model import Decoder
+from refimpl.model.tensor_files import INDEX, SINGLE, headers, opened, some, tensor_files
 
 # Parts of names: theirs, ours. The rest of a name is the same.
 RENAMES = (
@@ -33,7 +32,6 @@ RENAMES = (
     (".input_layernorm.", ".attention_norm."),
     (".post_attention_layernorm.", ".feed_forward_norm."),
 )
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # written by old versions; the config says it too
 
@@ -58,13 +56,13 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: torch.devic
     with torch.device("meta"):
         model = Decoder(config)
     expected = {_theirs(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    files = _files(folder)
-    stored = {name: (file, *about) for file, names in files.items() for name, about in _headers(file, names).items()}
+    files = tensor_files(folder)
+    stored = {name: (file, *about) for file, names in files.items() for name, about in headers(file, names).items()}
     _check(folder, expected, stored)
     dtype = dtype or DTYPES[stored[_theirs("embedding.weight")][2]]
     state: dict[str, Tensor] = {}
     for file in files:
-        with _opened(file, device) as weights:
+        with opened(file, device) as weights:
             for name in sorted(name for name, (where, *_) in stored.items() if where == file):
                 if name in expected:
                     state[_ours(name)] = weights.get_tensor(name).to(dtype)
@@ -96,7 +94,7 @@ def save(model: Decoder, path: str | Path, shard_bytes: int = 5 * 2**30) -> None
         {name for name in plain.keys() | state.keys() if plain.get(name) != getattr(state.get(name), "shape", None)}
     )
     if different:
-        raise ValueError(f"the model is not the plain decoder of its config; different: {_some(different)}")
+        raise ValueError(f"the model is not the plain decoder of its config; different: {some(different)}")
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in state.items():
         if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > shard_bytes:
@@ -140,44 +138,6 @@ def tokenizer(path: str | Path) -> Tokenizer:
     return found
 
 
-def _files(folder: Path) -> dict[Path, set[str] | None]:
-    """Files of weights, and the tensors that the index says are in each; None where there is no index."""
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}
-    index = folder / INDEX
-    if not index.is_file():
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        if pickles:
-            raise ValueError(
-                f"{folder}: weights are pickles ({_some(pickles)}), which run code when they are read; "
-                "convert them to safetensors with transformers' save_pretrained, where you trust them"
-            )
-        raise FileNotFoundError(f"{folder}: has neither {SINGLE} nor {INDEX}")
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-        files: dict[Path, set[str] | None] = {}
-        for tensor, name in where:
-            if Path(name).name != name:
-                raise ValueError(f"{name!r} must be the name of a file beside it")
-            cast(set[str], files.setdefault(folder / name, set())).add(tensor)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index}: is no index of shards: {error}") from error
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder}: shards that {INDEX} names are missing: {_some(missing)}")
-    return files
-
-
-def _headers(file: Path, names: set[str] | None) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of the tensors in a file; no tensor is read."""
-    with _opened(file) as weights:
-        keys = set(weights.keys())
-        if names is not None and names != keys:
-            raise ValueError(f"{file}: holds other tensors than {INDEX} says; different: {_some(sorted(names ^ keys))}")
-        slices = {name: weights.get_slice(name) for name in keys}
-        return {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
-
-
 def _check(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[Any, ...]]) -> None:
     """Compare names, shapes and dtypes, and tell all that is wrong."""
     known = {"lm_head.weight"} if "lm_head.weight" not in expected else set()
@@ -191,17 +151,7 @@ def _check(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mappin
         if dtype not in DTYPES:
             faults.append(f"{name} (in {file.name}) is {dtype}; supported: {', '.join(DTYPES)}")
     if faults:
-        raise ValueError(f"{folder}: the tensors are not those of config.json: {_some(faults)}")
-
-
-@contextmanager
-def _opened(file: Path, device: torch.device | str | None = None) -> Iterator[Any]:
-    """A safetensors file, whose faults are told with its name."""
-    try:
-        with safe_open(file, framework="pt", device=str(device or "cpu")) as weights:
-            yield weights
-    except SafetensorError as error:
-        raise ValueError(f"{file}: is no safetensors file, or is cut off: {error}") from error
+        raise ValueError(f"{folder}: the tensors are not those of config.json: {some(faults)}")
 
 
 def _ours(name: str) -> str:
@@ -223,10 +173,6 @@ def _theirs(name: str) -> str:
         elif name.startswith(ours):
             name = theirs + name.removeprefix(ours)
     return name
-
-
-def _some(names: list[str], n: int = 8) -> str:
-    return "; ".join(names[:n]) + (f"; and {len(names) - n} more" if len(names) > n else "")
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

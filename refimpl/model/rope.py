@@ -19,22 +19,27 @@ from torch import Tensor
 from refimpl.model.config import Config, Rope
 
 
-class Rotary:
-    """Cosines and sines of positions, for the models that `config` describes.
+class Rotation:
+    """Cosines and sines of positions for given frequencies, as `rotate` takes them.
 
-    No module: frequencies are no parameters, and stay float32 whatever dtype the model is moved to.
+    No module: frequencies are no parameters, and stay as precise as they are whatever dtype the model is moved to.
 
     Args:
-        config: gives `rope`, `head_dim`, `max_positions`.
+        frequencies: `[head_dim / 2]`, radians a token by which each pair turns.
+        factor: of cosines and sines, see `attention_factor`.
+
+    Examples:
+        >>> rotation = Rotation(torch.tensor([math.pi / 2]))  # a quarter turn a token
+        >>> rotate(torch.tensor([3.0, 4.0]), *rotation(torch.tensor([[1]]), torch.float32)).flatten().round().tolist()
+        [-4.0, 3.0]
     """
 
-    def __init__(self, config: Config) -> None:
-        self.rope, self.head_dim, self.max_positions = config.rope, config.head_dim, config.max_positions
-        self.factor = attention_factor(config.rope)
-        self._frequencies: dict[torch.device, Tensor] = {}  # a copy for each device that asked
+    def __init__(self, frequencies: Tensor, factor: float = 1.0) -> None:
+        self.factor = factor
+        self._frequencies = {frequencies.device: frequencies}  # a copy for each device that asked
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What `rotate` takes, computed in float32.
+        """What `rotate` takes, computed in the frequencies' dtype.
 
         Args:
             positions: `[batch or 1, time]`; those of padding, below 0, count for nothing.
@@ -43,20 +48,36 @@ class Rotary:
         Returns:
             Cosines and signed sines, `[batch or 1, 1, time, head_dim]`.
         """
-        angles = positions.float().unsqueeze(-1) * self._at(positions)
+        frequencies = self._at(positions)
+        angles = positions.to(frequencies.dtype).unsqueeze(-1) * frequencies
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
 
     def _at(self, positions: Tensor) -> Tensor:
-        """Frequencies that turn these positions, `[head_dim / 2]`, or `[batch or 1, 1, head_dim / 2]` if dynamic."""
+        """Frequencies that turn these positions, `[head_dim / 2]` or `[batch or 1, 1, head_dim / 2]`, on their device."""
+        if positions.device not in self._frequencies:
+            self._frequencies[positions.device] = next(iter(self._frequencies.values())).to(positions.device)
+        return self._frequencies[positions.device]
+
+
+class Rotary(Rotation):
+    """The rotation of the models that `config` describes, in float32.
+
+    Args:
+        config: gives `rope`, `head_dim`, `max_positions`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.rope, self.head_dim, self.max_positions = config.rope, config.head_dim, config.max_positions
+        frequencies = inverse_frequencies(config.rope, config.head_dim, config.max_positions)
+        super().__init__(frequencies, attention_factor(config.rope))
+
+    def _at(self, positions: Tensor) -> Tensor:
         if self.rope.type == "dynamic":
             length = positions[:, -1:, None] + 1
             return inverse_frequencies(self.rope, self.head_dim, self.max_positions, length)
-        if positions.device not in self._frequencies:
-            cpu = inverse_frequencies(self.rope, self.head_dim, self.max_positions)
-            self._frequencies[positions.device] = cpu.to(positions.device)
-        return self._frequencies[positions.device]
+        return super()._at(positions)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -95,12 +116,11 @@ def inverse_frequencies(rope: Rope, head_dim: int, max_positions: int, length: T
         [1.0, 0.10000000149011612]
     """
     device = length.device if isinstance(length, Tensor) else torch.device("cpu")  # never a default of `meta`
-    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
     if rope.type == "dynamic":
         beyond = torch.as_tensor(max_positions if length is None else length, device=device).clamp(min=max_positions)
         stretch = rope.factor * beyond / max_positions - (rope.factor - 1)
-        return (rope.theta * stretch ** (head_dim / (head_dim - 2))) ** -exponents
-    frequencies = rope.theta**-exponents
+        return geometric(rope.theta * stretch ** (head_dim / (head_dim - 2)), head_dim, torch.float32, device)
+    frequencies = geometric(rope.theta, head_dim, torch.float32, device)
     if rope.type == "linear":
         return frequencies / rope.factor
     if rope.type == "llama3":
@@ -108,6 +128,16 @@ def inverse_frequencies(rope: Rope, head_dim: int, max_positions: int, length: T
     if rope.type == "yarn":
         return _yarn(rope, frequencies)
     return frequencies
+
+
+def geometric(theta: Tensor | float, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    r"""The unscaled frequencies $\theta^{-2i/d}$, `[head_dim / 2]`; `[..., head_dim / 2]` for bases `[..., 1]`.
+
+    Examples:
+        >>> geometric(100.0, 4, torch.float64, torch.device("cpu")).tolist()
+        [1.0, 0.1]
+    """
+    return theta ** -(torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim)
 
 
 def attention_factor(rope: Rope) -> float:

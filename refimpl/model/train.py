@@ -1,9 +1,9 @@
 r"""The plain training loop of a decoder, for arenas that train their own models.
 
-Source: none, the textbook's loop. Differs from a trainer's: no schedule, no accumulation, no checkpoint; a method that is one
-of these brings it.
+Source: none, the textbook's loop. Differs from a trainer's: no accumulation, no checkpoint; a method that is one of these
+brings it.
 
-Not here: mixed precision (`refimpl/pretraining/mixed_precision`), adapters.
+Not here: mixed precision (`refimpl/pretraining/mixed_precision`), which steps in as `precision`; adapters.
 
 Examples:
     >>> from refimpl.model.config import Config
@@ -18,11 +18,42 @@ Examples:
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Loss = Callable[[nn.Module, Tensor], Tensor]  # `loss(model, batch)`, a scalar
+
+
+class Precision(Protocol):
+    """In which numbers gradients are computed and steps are taken."""
+
+    def backward(self, model: nn.Module, loss: Loss, batch: Tensor) -> Tensor:
+        """Add the gradient of `loss(model, batch)` to the parameters' `grad`, and return the loss."""
+        ...
+
+    def update(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Take the optimizer's step; False where the gradient was not fit for one and nothing moved."""
+        ...
+
+
+class FullPrecision:
+    """The numbers that the parameters are held in."""
+
+    def backward(self, model: nn.Module, loss: Loss, batch: Tensor) -> Tensor:
+        """Add the gradient of `loss(model, batch)` to the parameters' `grad`, and return the loss."""
+        value = loss(model, batch)
+        torch.autograd.backward(value)
+        return value.detach()
+
+    def update(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Take the optimizer's step."""
+        optimizer.step()
+        return True
 
 
 def train(
@@ -31,45 +62,58 @@ def train(
     batches: Iterable[Tensor],
     steps: int,
     *,
-    loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    loss: Loss | None = None,
     clip: float | None = 1.0,
     schedule: Callable[[float], float] = lambda _: 1.0,
+    precision: Precision | None = None,
+    after: Callable[[int], bool | None] = lambda _: None,
 ) -> list[float]:
     """Train in place, and return the loss of each step.
 
     Args:
         model: in training mode from here on.
         optimizer: over the model's parameters; its learning rates are multiplied by `schedule` and put back at the end.
+            One that looks at the model itself has a method `probe`, which is called before each step with a function that
+            adds the gradient of any `loss(model, batch)` on this step's batch.
         batches: `[batch, time + 1]` tokens, at least `steps` of them.
         steps: number of updates, 1 or more.
         loss: `loss(model, batch)`, a scalar; None stands for `next_token_loss`.
         clip: largest norm of the gradient; None leaves it.
         schedule: factor of the learning rate as a function of progress, 0 to 1.
+        precision: how gradients are computed and steps taken; None stands for `FullPrecision`.
+        after: called after each step with the number of steps done; what is true ends the training.
 
     Raises:
         ValueError: no steps, or batches that end before.
     """
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
-    loss = loss or next_token_loss
+    loss, precision = loss or next_token_loss, precision or FullPrecision()
+    probe: Callable[[Callable[[Loss], Tensor]], None] | None = getattr(optimizer, "probe", None)
     model.train()
     rates = [group["lr"] for group in optimizer.param_groups]
-    losses: list[float] = []
-    for batch in islice(batches, steps):
+    losses: list[Tensor] = []
+    try:
+        for batch in islice(batches, steps):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(len(losses) / steps)
+            optimizer.zero_grad()
+            if probe is not None:
+                probe(partial(precision.backward, model, batch=batch))
+                optimizer.zero_grad()
+            losses.append(precision.backward(model, loss, batch))
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            precision.update(optimizer)
+            if after(len(losses)):
+                break
+        else:
+            if len(losses) < steps:
+                raise ValueError(f"batches end after {len(losses)} of {steps} steps")
+    finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(len(losses) / steps)
-        value = loss(model, batch)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        losses.append(value.item())
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    if len(losses) < steps:
-        raise ValueError(f"batches end after {len(losses)} of {steps} steps")
-    return losses
+            group["lr"] = rate
+    return torch.stack(losses).tolist()
 
 
 def windows(tokens: Tensor, batch: int, length: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -99,8 +143,8 @@ def perplexity(model: nn.Module, tokens: Tensor, length: int, batch: int = 8) ->
         ValueError: the text is shorter than a window.
     """
     n = len(tokens) // length
-    if n < 1:
-        raise ValueError(f"a text of {len(tokens)} tokens has no window of length={length}")
+    if n < 1 or length < 2:
+        raise ValueError(f"a text of {len(tokens)} tokens has no window of length={length} with a token to predict")
     training = model.training
     model.eval()
     total = 0.0

@@ -1,11 +1,13 @@
 """The fine-tuning arena: its task, and that every method meets the same one."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from refimpl.arena import finetuning as arena
+from refimpl.arena.protocol import Conditions
 from refimpl.finetuning.peft.lora.lora import LoRA
 
 CPU = torch.device("cpu")
@@ -33,7 +35,10 @@ def test_labels_are_the_best_scored_tokens(short):
 
 def test_figures_are_those_announced_and_repeat(short):
     exact = [metric.name for metric in arena.METRICS if metric.exact]
-    for run in (lambda: arena.baseline(seeded(), CPU), lambda: arena.measure(LoRA, {"rank": 2}, seeded(), CPU)):
+    for run in (
+        lambda: arena.baseline(Conditions(seeded())),
+        lambda: arena.measure(LoRA, {"rank": 2}, Conditions(seeded())),
+    ):
         first, second = run(), run()
         assert list(first) == [metric.name for metric in arena.METRICS]
         assert [first[name] for name in exact] == [second[name] for name in exact]
@@ -42,7 +47,7 @@ def test_figures_are_those_announced_and_repeat(short):
 def test_parameters_and_bytes_by_hand(short):
     """Oracle: by hand. Two layers, queries and values, factors of 64 x 2 and 2 x 64; AdamW keeps two numbers for each
     and a step count a tensor, in float32."""
-    figures = arena.measure(LoRA, {"rank": 2}, seeded(), CPU)
+    figures = arena.measure(LoRA, {"rank": 2}, Conditions(seeded()))
     assert figures["trained_parameters"] == 2 * 2 * 2 * 64 * 2
     assert figures["optimizer_bytes"] == 4 * (2 * 1024 + 8)
 
@@ -63,3 +68,20 @@ def test_the_better_learning_rate_counts(short, monkeypatch, rates):
     given = arena.substrate(seeded(), CPU)
     monkeypatch.setattr(arena, "LEARNING_RATES", rates)
     assert arena.figures(given, arena.FullFineTuning())["accuracy"] > arena._accuracy(given.model, given.test) + 0.1
+
+
+def test_the_loss_is_a_curve_over_the_steps_and_quick_has_fewer(monkeypatch):
+    """Oracle: by hand; every fifth of 20 and of 15 steps. The loss starts near that of task A's model and falls."""
+    monkeypatch.setattr(arena, "STEPS", 20)
+    monkeypatch.setattr(arena, "QUICK_STEPS", 15)
+    for quick, steps in ((False, [5, 10, 15, 20]), (True, [5, 10, 15])):
+        conditions = Conditions(seeded(), quick=quick)
+        arena.measure(LoRA, {"rank": 4}, conditions)
+        [points] = conditions.curves.values()
+        assert [step for step, _ in points] == steps
+        assert points[0][1] > points[-1][1] > 0
+
+
+def test_a_model_is_refused():
+    with pytest.raises(ValueError, match="substrate is synthetic"):
+        arena.baseline(Conditions(seeded(), model=Path("here")))

@@ -1,8 +1,13 @@
 """The layer on which weight compression is measured."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from refimpl.arena import weights
+from refimpl.arena.protocol import Conditions
+from refimpl.compression.quantization.weight_only.rtn import RTN
 
 
 def test_substrate_has_the_outliers_it_promises(generator):
@@ -18,7 +23,23 @@ def test_substrate_has_the_outliers_it_promises(generator):
 
 def test_baseline_is_16_bit():
     """Oracle: arithmetic. Two bytes a weight, compression 1, an error of the order of 2^-9."""
-    figures = weights.baseline(torch.Generator().manual_seed(0), torch.device("cpu"))
+    figures = weights.baseline(Conditions(torch.Generator().manual_seed(0)))
     assert figures["bytes"] == 2 * 256 * 512
     assert figures["compression"] == 1
     assert 1e-4 < figures["weight_error"] < 2**-8
+
+
+def test_methods_meet_the_same_layer_quick_or_not():
+    """Oracle: a second draw from the seed. All but the time repeats, however often that is taken."""
+    short, full = (
+        weights.measure(RTN, {"bits": 3}, Conditions(torch.Generator().manual_seed(1), quick=quick))
+        for quick in (True, False)
+    )
+    exact = [metric.name for metric in weights.METRICS if metric.exact]
+    assert [short[name] for name in exact] == [full[name] for name in exact]
+    assert 0.01 < short["output_error"] < 1 and short["seconds"] > 0
+
+
+def test_a_model_is_refused():
+    with pytest.raises(ValueError, match=r"--model here: this arena's substrate is synthetic"):
+        weights.baseline(Conditions(torch.Generator(), model=Path("here")))

@@ -1,9 +1,11 @@
-"""What every per-layer compression method must satisfy, and the driver that takes one over a model.
+"""What every compression method must satisfy, and the driver that takes a layer method over a model.
 
-A method joins by being implemented below `compression/`; one whose facets say that it is not called on a layer's weight is skipped.
+A method joins by being implemented below `compression/`; its call says whether it takes a layer's weight or a whole model, and
+what is meant for the other kind skips it.
 """
 
-import inspect
+import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,18 +14,37 @@ from torch import nn
 from torch.testing import assert_close
 
 import taxonomy
-from refimpl.compression.protocol import CompressedLinear, CompressedWeight, compress
+from refimpl.compression.blocks import find_blocks
+from refimpl.compression.protocol import CompressedLinear, CompressedWeight, apply, check_layer, compress, takes_layers
 
-METHODS = taxonomy.load().find(category="compression", implemented=True)
+METHODS = [
+    method
+    for method in taxonomy.load().find(category="compression", implemented=True)
+    if not method.category.startswith(("compression/distillation", "compression/quantization/qat"))  # these train
+]
 
 
 @pytest.fixture(params=METHODS, ids=lambda m: m.id)
 def method(request):
-    """A method of the family in its default configuration."""
+    """A layer method of the family in its default configuration."""
     implementation = request.param.load()()
-    if list(inspect.signature(implementation).parameters)[:2] != ["weight", "inputs"]:
+    if not takes_layers(implementation):
         pytest.skip("takes a whole model, not a layer's weight")
     return implementation
+
+
+@pytest.fixture(params=METHODS, ids=lambda m: m.id)
+def model_method(request):
+    """A model method of the family in its default configuration."""
+    implementation = request.param.load()()
+    if takes_layers(implementation):
+        pytest.skip("takes a layer's weight, not a whole model")
+    return implementation
+
+
+def test_there_are_methods_of_both_kinds():
+    kinds = [takes_layers(method.load()()) for method in METHODS]
+    assert True in kinds and False in kinds
 
 
 def layer(generator, out=6, columns=20, rows=40):
@@ -86,6 +107,144 @@ def test_odd_sizes(method, generator):
     for out, columns in ((1, 33), (5, 1), (3, 129)):
         weight, inputs = layer(generator, out, columns)
         assert method(weight, inputs).dense().shape == (out, columns)
+
+
+def test_multiplying_is_the_product_with_dense(method, generator):
+    """Oracle: `dense()`, for a matrix of inputs, a batch and a single row; with and without a bias."""
+    weight, inputs = layer(generator)
+    compressed = method(weight, inputs)
+    bias = torch.randn(6, generator=generator)
+    for x in (inputs, inputs.view(2, 4, 5, 20), inputs[0]):
+        assert_close(compressed.multiply(x, bias), x @ compressed.dense().T + bias)
+        assert_close(compressed.multiply(x), x @ compressed.dense().T)
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(0, 4), torch.zeros(4), torch.full((2, 3), float("nan"))])
+def test_what_is_no_weight_is_refused(method, weight):
+    with pytest.raises(ValueError, match="weight"):
+        method(weight, torch.ones(5, weight.shape[-1]))
+
+
+def test_works_on_every_architecture(method, build, tokens, logits):
+    """Oracle: the model before. Every linear layer is compressed but the output, and the model still runs; also `Conv1D`."""
+    model = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    small = compress(model, method, [tokens])
+    replaced = [module for module in small.modules() if isinstance(module, CompressedLinear)]
+    assert len(replaced) == len([m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]) - 1
+    assert 0 < (logits(small, tokens) - logits(model, tokens)).norm() / logits(model, tokens).norm() < 1.5
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(
+        logits(compress(model, method, [tokens]), tokens), logits(small, tokens)
+    )  # same call, same result
+
+
+def test_a_compressed_model_is_saved_and_loaded(method, build, tokens, logits, tmp_path):
+    """Oracle: the compressed model; one that was compressed from other weights takes its state."""
+    first, other = build(), build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    small, second = compress(first, method, [tokens]), compress(other, method, [tokens])
+    second.load_state_dict(copy.deepcopy(small.state_dict()))
+    assert torch.equal(logits(small, tokens), logits(second, tokens))
+
+
+def test_a_compressed_model_is_not_compressed_again(method, build, tokens):
+    small = compress(build(), method, [tokens])
+    with pytest.raises(ValueError, match="is compressed already; start from the original model"):
+        compress(small, method, [tokens])
+
+
+# Model methods
+
+
+def test_the_model_is_not_written(model_method, build, tokens):
+    """Oracle: its state before, bit by bit, its configuration and its modules."""
+    model = build()
+    before, modules, config = copy.deepcopy(model.state_dict()), [*model.modules()], copy.deepcopy(model.config)
+    small = model_method(model, [tokens])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [*model.modules()] == modules and str(model.config) == str(config)
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in small.parameters()}
+    assert not small.training
+
+
+def test_fewer_parameters_are_held(model_method, build, tokens):
+    """Oracle: counting what the state holds."""
+    held = [sum(value.nbytes for value in m.state_dict().values()) for m in (model_method(build(), [tokens]), build())]
+    assert 0 < held[0] < held[1]
+
+
+def test_model_methods_repeat(model_method, build, tokens, logits):
+    """Oracle: the first call; another model in between leaves nothing behind."""
+    first = logits(model_method(build(), [tokens]), tokens)
+    other = build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    model_method(other, [tokens.flip(1)])
+    assert torch.equal(logits(model_method(build(), [tokens]), tokens), first)
+    assert not torch.allclose(first, logits(build(), tokens))  # it did something
+
+
+def test_a_batch_equals_its_rows(model_method, build, tokens, logits):
+    """Oracle: the rows one by one."""
+    small = model_method(build(), [tokens])
+    rows = torch.cat([logits(small, row[None]) for row in tokens])
+    assert_close(logits(small, tokens), rows, rtol=1e-4, atol=1e-4)  # logits of size 10 through 3 blocks
+
+
+def test_a_cached_step_equals_reading_at_once(model_method, build, architecture, tokens):
+    """Oracle: one forward over all tokens."""
+    from refimpl.model.cache import FullCache
+
+    small = model_method(build(), [tokens])
+    with torch.no_grad():
+        if architecture == "decoder":
+            cache = FullCache(small.config.sliding_window)
+            whole, first, second = small(tokens), small(tokens[:, :8], cache), small(tokens[:, 8:], cache)
+        else:
+            whole, start = small(tokens).logits, small(tokens[:, :8], use_cache=True)
+            first, second = start.logits, small(tokens[:, 8:], past_key_values=start.past_key_values).logits
+    assert_close(torch.cat([first, second], dim=1), whole, rtol=1e-4, atol=1e-4)  # as above
+
+
+def test_state_of_a_model_method_is_saved_and_loaded(model_method, build, tokens, logits, tmp_path):
+    """Oracle: the compressed model, after its state went through a file."""
+    small = model_method(build(), [tokens])
+    kept = {name: value.clone() for name, value in small.state_dict().items()}
+    save_file(kept, tmp_path / "model.safetensors")
+    again = copy.deepcopy(small)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(logits(again, tokens), logits(small, tokens))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.999])
+def test_a_budget_never_rounds_to_nothing(model_method, build, tokens, logits, sparsity):
+    """Oracle: the protocol. 0 is the identity, little is more than nothing, and nearly all leaves a model that runs."""
+    if not hasattr(model_method, "sparsity"):
+        pytest.skip("has no sparsity")
+    model = build()
+    small = dataclasses.replace(model_method, sparsity=sparsity)(model, [tokens])
+    same = torch.equal(logits(small, tokens), logits(model, tokens))
+    assert same == (sparsity == 0)
+    assert torch.isfinite(logits(small, tokens)).all()
+    assert len(find_blocks(small)[1]) >= 1
+
+
+def test_either_kind_is_applied(build, tokens, logits):
+    """Oracle: `compress`, and the method's own call."""
+    for entry in METHODS:
+        method = entry.load()()
+        expected = compress(build(), method, [tokens]) if takes_layers(method) else method(build(), [tokens])
+        assert torch.equal(logits(apply(method, build(), [tokens]), tokens), logits(expected, tokens))
+
+
+# The driver
 
 
 class Halved(CompressedWeight):
@@ -153,7 +312,7 @@ def test_tied_weights_are_left_alone():
             r"target=\['decoder\.\*'\] with skip=\['lm_head'\] matches no linear layer; the model's: \['0', '2', '3'\]",
         ),
         ({"target": "0"}, r"target='0' must be a list of patterns: \['0'\]"),
-        ({"calibration": [torch.zeros(0, 4)], "target": ["9*"]}, "matches no linear layer"),
+        ({"target": ["9*"]}, "matches no linear layer"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_refused(options, message):
@@ -172,3 +331,65 @@ def test_a_layer_that_the_data_never_reaches_is_refused():
 
     with pytest.raises(ValueError, match="never reaches"):
         compress(Idle(), lambda weight, inputs: Halved(weight), [torch.ones(2, 2)])
+
+
+def test_integers_and_what_holds_them_are_refused():
+    model = nn.Sequential(nn.Linear(3, 2))
+    model[0].weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layer .0. holds torch\.int8; only floating-point weights"):
+        compress(model, lambda weight, inputs: Halved(weight))
+
+
+def test_another_method_may_take_the_layers_that_are_left(generator):
+    """Oracle: by hand. Layer after layer is halved, by two calls; a layer that is compressed is named, if it is asked for."""
+    half = lambda weight, inputs: Halved(weight)  # noqa: E731
+    once = compress(small_model(), half, target=["0"])
+    twice = compress(once, half, target=["2", "3"])
+    assert [isinstance(child, CompressedLinear) for child in twice] == [True, False, True, True]
+    with pytest.raises(ValueError, match="layer '0' is compressed already"):
+        compress(once, half)
+
+
+def test_code_that_reads_the_weight_gets_it(generator):
+    """Oracle: the dense weight."""
+    weight = torch.randn(3, 4, generator=generator)
+    layer = CompressedLinear(Halved(weight), None)
+    assert torch.equal(layer.weight, weight / 2)
+    assert layer.bias is None
+
+
+def test_biases_and_conv1d(generator):
+    """Oracle: by hand. A layer that keeps its weight as `[in, out]` computes the same with half of it."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(5, 4))
+    nn.init.normal_(model[0].bias)
+    x = torch.randn(7, 4, generator=generator)
+    small = compress(model, lambda weight, inputs: Halved(weight), [x])
+    assert_close(small(x), (x @ model[0].weight) / 2 + model[0].bias)
+    assert small[0].weight.shape == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.ones(5, 4), r"inputs of shape \(5, 4\) must be \[n, in\] with n >= 1 and in = 3"),
+        (torch.ones(0, 3), "n >= 1"),
+        (torch.full((2, 3), float("inf")), "inputs hold NaN or infinity"),
+    ],
+)
+def test_inputs_are_checked(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        check_layer(torch.ones(2, 3), inputs)
+
+
+def test_done_is_called_for_each_layer(generator):
+    """Oracle: the names, in the order in which the data reaches them."""
+    names = []
+    compress(
+        small_model(),
+        lambda weight, inputs: Halved(weight),
+        [torch.randn(2, 4, generator=generator)],
+        done=names.append,
+    )
+    assert names == ["0", "2", "3"]

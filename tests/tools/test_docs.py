@@ -1,5 +1,6 @@
 """The pages, before a builder has seen them."""
 
+import csv
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,7 @@ from mkdocs.utils.meta import get_data
 
 import taxonomy
 from refimpl import results
-from refimpl.arena.runner import cells
+from refimpl.bench.cells import cells
 from taxonomy.query import Taxonomy
 from taxonomy.schema import Compiled
 from tests.small_tree import FILLED, LAYERS
@@ -166,6 +167,52 @@ def test_a_method_that_runs_shows_claims_results_and_oracles(tree, tmp_path):
     assert "torchao's affine primitives" in page
     assert json.loads((tmp_path / "results/weights.json").read_text()) == documents["weights"]
     assert (tmp_path / "results/weights.csv").read_text().count("\n") == 5
+
+
+def test_an_arenas_page_has_a_table_a_metric_plots_curves_and_data(tree, tmp_path):
+    """Oracle: a stored document made up here, with two axes, three seeds, a curve and a row of another environment."""
+    rows = [
+        {
+            "method": method,
+            "settings": {},
+            "axes": {"task": task, "length": 8},
+            "seed": seed,
+            "figures": {"score": seed / 2, "kept_bytes": 64},
+            "curves": {"loss over tokens": [[1, 2.5], [2, 1.5]]},
+        }
+        for method in ("none", "rtn", "mine:Mine")
+        for task in ("sum", "count")
+        for seed in (0, 1, 2)
+    ]
+    for row in rows[-6:]:
+        row["environment"] = {"torch": "1.1"}
+    document = {
+        "arena": "toy", "about": "Toys.", "version": 1, "baseline": "none", "seeds": [0, 1, 2], "model": "qwen",
+        "axes": {"task": ["sum", "count"], "length": [8]}, "environment": {"torch": "9.9"}, "quick": True, "rows": rows,
+        "metrics": [
+            {"name": "score", "unit": "share", "better": "higher", "exact": True},
+            {"name": "kept_bytes", "unit": "bytes", "better": "lower", "exact": False},
+        ],
+    }  # fmt: skip
+    write(tree, tmp_path, {"toy": document})
+    page = (tmp_path / "results/toy.md").read_text()
+    for said in (
+        "**score (share) by task, length 8**",
+        "**kept bytes (bytes) by task, length 8**",
+        "| method | settings | sum | count | mean |",
+        "| **none** |  | 0.5 ±0.5 | 0.5 ±0.5 | 0.5 |",
+        "| mine:Mine |  |",
+        "## Loss over tokens",
+        "Measured in the quick form",
+        "on the model *qwen*",
+        "Seeds 0, 1, 2",
+        "(toy.json)",
+        "(toy.csv)",
+        "mine:Mine: with torch 1.1.",
+    ):
+        assert said in page, said
+    assert page.count('<div class="plot"') == 2
+    assert len(list(csv.DictReader((tmp_path / "results/toy.csv").read_text().splitlines()))) == 18
 
 
 def test_oracles_are_read_from_the_tests_docstrings(tmp_path):

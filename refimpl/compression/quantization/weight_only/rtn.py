@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from refimpl.compression.protocol import check_layer
 from refimpl.compression.quantization.affine import Granularity, affine_grid, quantize, to_groups
 from refimpl.compression.quantization.packed import QuantizedWeight
 
@@ -69,12 +70,7 @@ class RTN:
         Raises:
             ValueError: the weight is no matrix, is empty, holds NaN or infinity, or is too large for `scale_dtype`.
         """
-        if weight.ndim != 2 or weight.numel() == 0:
-            raise ValueError(
-                f"weight of shape {tuple(weight.shape)} must be a matrix [out, in] with at least one element"
-            )
-        if not torch.isfinite(weight).all():
-            raise ValueError("weight holds NaN or infinity; it cannot be rounded to a finite grid")
+        check_layer(weight)
         groups = to_groups(weight, self.granularity, self.group_size)
         scale, zero = affine_grid(
             groups.amin(dim=1), groups.amax(dim=1), self.bits, symmetric=self.symmetric, scale_dtype=self.scale_dtype

@@ -192,7 +192,7 @@ def test_compress_a_hugging_face_model(generator):
         full, rounded = model(tokens).logits, small(tokens).logits
     layer = small.model.layers[1].self_attn.k_proj
     assert_close(
-        layer.weight.dense(), RTN(bits=8, group_size=16)(before["model.layers.1.self_attn.k_proj.weight"]).dense()
+        layer.compressed.dense(), RTN(bits=8, group_size=16)(before["model.layers.1.self_attn.k_proj.weight"]).dense()
     )
     assert 0 < (full - rounded).norm() / full.norm() < 0.05
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

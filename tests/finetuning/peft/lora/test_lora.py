@@ -258,6 +258,39 @@ def test_equals_peft_and_reads_its_files(architecture, stabilized, request, gene
     assert_close(logits(method.merge(ours)), logits(theirs.merge_and_unload()))
 
 
+@pytest.mark.parametrize("what", ["forward", "forward and backward"])
+def test_beside_peft(what, peer, generator):
+    """Oracle: peft 0.21 on a layer of 1024 by 1024, 512 tokens, rank 8, with the same factors; float32 rounding."""
+    from peft import LoraConfig, get_peft_model
+
+    base = nn.Sequential(nn.Linear(1024, 1024))
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=8, lora_alpha=16, target_modules=["0"]))
+    ours = trained(base, LoRA(rank=8, alpha=16.0, target=("*",)), generator)
+    with torch.no_grad():
+        adapted = theirs.base_model.model[0]
+        adapted.lora_A["default"].weight.copy_(ours[0].lora_A)
+        adapted.lora_B["default"].weight.copy_(ours[0].lora_B)
+    x = torch.randn(512, 1024, generator=generator)
+
+    def call(model, factor):
+        if what == "forward":
+            with torch.no_grad():
+                return model(x)
+        model.zero_grad()
+        y = model(x)
+        y.square().mean().backward()
+        return y.detach(), factor.grad
+
+    peer(
+        "lora",
+        "peft",
+        f"{what} of one layer, 1024 by 1024, 512 tokens, rank 8",
+        lambda: call(ours, ours[0].lora_B),
+        lambda: call(theirs, adapted.lora_B["default"].weight),
+        within=1e-4,
+    )
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_peft_reads_our_files(architecture, request, generator, tmp_path):
     """Oracle: peft 0.21 loads the folder into a fresh base model and computes the same."""

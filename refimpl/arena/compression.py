@@ -1,0 +1,156 @@
+r"""A whole model, compressed: what does it still know, what can it still do, and how many bytes does it hold?
+
+The substrate is the testbed's model, or a checkpoint of the user's, in bfloat16. Methods of both kinds meet the same calibration
+windows of training text; what they leave is read in bfloat16 too. Layer methods compress every linear layer but the output.
+"""
+
+import copy
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from refimpl import testbed
+from refimpl.arena.protocol import Conditions, Metric, clock
+from refimpl.compression.protocol import CompressedLinear, CompressedWeight, apply
+from refimpl.model.generate import generate, pad
+from refimpl.model.linear import is_linear
+from refimpl.model.load import load, tokenizer
+from refimpl.model.model import Decoder
+from refimpl.model.train import perplexity
+from refimpl.testbed.sample import Sample
+from refimpl.testbed.tokenizer import tokenizer as testbed_tokenizer
+
+LENGTH = 256  # tokens of a window of text, and of a task's example
+TEXT = 50_000  # tokens of each split that windows are cut from
+TASKS = ("single_doc_qa", "few_shot", "retrieval")
+
+ABOUT = (
+    "The testbed's model in 16 bit, compressed with 64 windows of 256 tokens of training text: perplexity on held-out text, "
+    "mean score on three tasks, bytes held, and the time to compress."
+)
+VERSION = 1
+METRICS = (
+    Metric("perplexity", "per token of held-out text", "lower"),
+    Metric("score", "mean of three tasks, 0 to 1", "higher"),
+    Metric("layer_bytes", "bytes of linear layers, without the output layer", "lower"),
+    Metric("bytes", "bytes of the whole model", "lower"),
+    Metric("compression", "times fewer bytes than the whole model in 16 bit", "higher"),
+    Metric("seconds", "seconds to compress", "lower", exact=False),
+)
+BASELINE = "16 bit"
+AXES: dict[str, tuple[Any, ...]] = {}
+QUICK: dict[str, tuple[Any, ...]] = {}
+
+
+@dataclass(frozen=True)
+class Substrate:
+    """A model and what it is calibrated and measured on."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    calibration: list[Tensor]  # batches [8, LENGTH]
+    held_out: Tensor  # [tokens]
+    samples: dict[str, list[Sample]]
+
+
+def substrate(conditions: Conditions) -> Substrate:
+    """The model, windows of training text, held-out text and examples of the tasks; all drawn from the seed.
+
+    Raises:
+        FileNotFoundError: the folder of the user's model is not there.
+        ValueError: it is none that `refimpl.model` reads.
+    """
+    if conditions.model is None:
+        model, reader = testbed.load(conditions.device, torch.bfloat16)
+    else:
+        model, reader = load(conditions.model, torch.bfloat16, conditions.device), tokenizer(conditions.model)
+    windows, n = (8, 4) if conditions.quick else (64, 24)
+    train, held_out = (_text(split, reader, conditions) for split in ("train", "held-out"))
+    starts = torch.randint(len(train) - LENGTH, (windows, 1), generator=conditions.generator)
+    calibration = train[starts + torch.arange(LENGTH)].to(conditions.device)
+    samples = {task: testbed.tasks.samples(task, n, LENGTH, conditions.generator) for task in TASKS}
+    return Substrate(
+        model, reader, list(torch.split(calibration, 8)), held_out[: windows * LENGTH].to(conditions.device), samples
+    )
+
+
+def _text(split: Any, reader: Tokenizer, conditions: Conditions) -> Tensor:
+    """Text as tokens of the model, `[tokens]`, at least one window of it."""
+    tokens: Tensor = testbed.corpus.tokens(split, TEXT)
+    if conditions.model is None:
+        return tokens
+    text = testbed_tokenizer().decode(tokens.tolist())
+    return torch.tensor(reader.encode(text, add_special_tokens=False).ids)
+
+
+def baseline(conditions: Conditions) -> dict[str, float]:
+    """The model as it is, in bfloat16."""
+    given = substrate(conditions)
+    start = clock(conditions.device)
+    model = copy.deepcopy(given.model)
+    return _figures(given, model, clock(conditions.device) - start)
+
+
+def measure(implementation: Any, settings: dict[str, Any], conditions: Conditions) -> dict[str, float]:
+    """The model compressed by `implementation(**settings)`."""
+    method = implementation(**settings)
+    given = substrate(conditions)
+    start = clock(conditions.device)
+    model = apply(method, given.model, given.calibration)
+    return _figures(given, model, clock(conditions.device) - start)
+
+
+@torch.no_grad()
+def _figures(given: Substrate, model: Decoder, seconds: float) -> dict[str, float]:
+    held = stored_bytes(model)
+    layer_bytes = sum(
+        stored_bytes(layer)
+        for name, layer in model.named_modules()
+        if name != "lm_head" and (isinstance(layer, CompressedLinear) or is_linear(layer))
+    )
+    model = _unpacked(model)
+    return {
+        "perplexity": perplexity(model, given.held_out, LENGTH),
+        "score": statistics.fmean(_score(model, given.tokenizer, name, given.samples[name]) for name in given.samples),
+        "layer_bytes": layer_bytes,
+        "bytes": held,
+        "compression": stored_bytes(given.model) / held,
+        "seconds": seconds,
+    }
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of what a module's state holds, each storage once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in module.state_dict().values()}.values())
+
+
+def _unpacked(model: Decoder) -> Decoder:
+    """The same products from dense weights, so that reading many texts does not unpack each weight for each of them."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, CompressedLinear) and type(layer.compressed).multiply is CompressedWeight.multiply:
+            weight = layer.weight
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            if layer.bias is not None:
+                plain.bias = nn.Parameter(layer.bias, requires_grad=False)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
+    return model
+
+
+def _score(model: Decoder, reader: Tokenizer, name: str, samples: Sequence[Sample]) -> float:
+    """Mean score of greedy answers, up to the end of their line."""
+    task, newline = testbed.tasks.task(name), reader.encode("\n", add_special_tokens=False).ids[-1:]
+    prompts = [encoding.ids for encoding in reader.encode_batch([sample.prompt for sample in samples])]
+    device, scores = model.embedding.weight.device, []
+    for first in range(0, len(prompts), 8):
+        tokens, padding = pad(prompts[first : first + 8])
+        rows = generate(model, tokens.to(device), task.ANSWER_TOKENS, stop=newline, padding=padding.to(device))
+        said = [reader.decode(row).split("\n")[0] for row in rows.tolist()]
+        scores += [task.score(text, sample.answer) for text, sample in zip(said, samples[first:], strict=False)]
+    return statistics.fmean(scores)

@@ -1,0 +1,169 @@
+"""An arena's figures as plots: plain data for Plotly, which the site and `effllm bench --export plots.html` draw.
+
+A figure is `{"title", "x", "y", "data", "buttons"}`: titles of the axes, Plotly's traces, and a button for each point of the
+arena's axes, `{"label", "update"}`, whose update puts that point's numbers into the traces; no buttons for a single point.
+"""
+
+import html
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from refimpl.views import group_rows, mean, settings_text, words
+
+Rows = Sequence[dict[str, Any]]
+Traces = dict[str, dict[str, Any]]
+
+
+def figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All plots of a document.
+
+    The first metric against each of the others, with half of the range over seeds; each metric over the first axis, where its
+    values are numbers; and the curves over the run, of the first seed.
+    """
+    rows = [row for row in document["rows"] if not row.get("error")]
+    first, *others = document["metrics"]
+    axes = list(document.get("axes", {}))
+    made = [
+        _figure(
+            f"{_title(first)} against {_title(metric)}",
+            (_unit(metric), _unit(first)),
+            rows,
+            axes,
+            partial(_trade_off, x=metric["name"], y=first["name"]),
+        )
+        for metric in others
+    ]
+    lengths = {row["axes"][axes[0]] for row in rows if "axes" in row} if axes else set()
+    if len(lengths) > 1 and all(isinstance(value, int | float) for value in lengths):
+        made += [
+            _figure(
+                f"{_title(metric)} over {words(axes[0])}",
+                (words(axes[0]), _unit(metric)),
+                rows,
+                axes[1:],
+                partial(_over_axis, axis=axes[0], metric=metric["name"]),
+            )
+            for metric in document["metrics"]
+        ]
+    for name in dict.fromkeys(name for row in rows for name in row.get("curves", {})):
+        y, _, x = name.partition(" over ")
+        made.append(_figure(name, (x, y), rows, axes, partial(_curves, curve=name)))
+    return made
+
+
+def _title(metric: Mapping[str, Any]) -> str:
+    return words(metric["name"])
+
+
+def _unit(metric: Mapping[str, Any]) -> str:
+    return f"{words(metric['name'])} ({metric['unit']})"
+
+
+def _figure(
+    title: str, units: tuple[str, str], rows: Rows, axes: Sequence[str], draw: Callable[[Rows], Traces]
+) -> dict[str, Any]:
+    """Traces of the first point of some axes, and what the buttons of the others put in their place."""
+    points: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        label = ", ".join(f"{words(name)} {row['axes'][name]}" for name in axes if name in row.get("axes", {}))
+        points.setdefault(label, []).append(row)
+    drawn = {label: draw(part) for label, part in points.items()}
+    empty: Traces = {}
+    for name, trace in itertools.chain.from_iterable(traces.items() for traces in drawn.values()):
+        empty.setdefault(name, {**trace, "x": [], "y": [], "text": [], "error_y": {"array": []}})
+    whole = {label: [traces.get(name, empty[name]) for name in empty] for label, traces in drawn.items()}
+    buttons = [{"label": label, "update": _update(traces)} for label, traces in whole.items()]
+    return {
+        "title": title,
+        "x": units[0],
+        "y": units[1],
+        "data": next(iter(whole.values()), []),
+        "buttons": buttons if len(buttons) > 1 else [],
+    }
+
+
+def _update(traces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = ("x", "y", "text")
+    return {name: [trace[name] for trace in traces] for name in names} | {
+        "error_y.array": [trace["error_y"]["array"] for trace in traces]
+    }
+
+
+def _trace(name: str, mode: str) -> dict[str, Any]:
+    return {"name": name, "mode": mode, "type": "scatter", "x": [], "y": [], "text": [], "error_y": {"array": []}}
+
+
+def _add(trace: dict[str, Any], x: float | None, group: Rows, metric: str, text: str) -> None:
+    values = [row["figures"][metric] for row in group]
+    trace["x"].append(x)
+    trace["y"].append(mean(group, metric))
+    trace["text"].append(text)
+    trace["error_y"]["array"].append((max(values) - min(values)) / 2)
+
+
+def _trade_off(rows: Rows, x: str, y: str) -> Traces:
+    traces: Traces = {}
+    for group in group_rows(rows):
+        name = group[0]["method"]
+        _add(
+            traces.setdefault(name, _trace(name, "markers")), mean(group, x), group, y, settings_text(group[0]) or name
+        )
+    return traces
+
+
+def _named(row: dict[str, Any]) -> str:
+    return ", ".join(part for part in (row["method"], settings_text(row)) if part)
+
+
+def _over_axis(rows: Rows, axis: str, metric: str) -> Traces:
+    traces: Traces = {}
+    for group in sorted(group_rows(rows), key=lambda group: group[0]["axes"][axis]):
+        name = _named(group[0])
+        _add(traces.setdefault(name, _trace(name, "lines+markers")), group[0]["axes"][axis], group, metric, name)
+    return traces
+
+
+def _curves(rows: Rows, curve: str) -> Traces:
+    traces: Traces = {}
+    for group in group_rows(rows):
+        points = min(group, key=lambda row: row["seed"]).get("curves", {}).get(curve)
+        if points:
+            name = _named(group[0])
+            x, y = zip(*points, strict=True)
+            traces[name] = {**_trace(name, "lines"), "x": list(x), "y": list(y), "text": [name] * len(points)}
+    return traces
+
+
+def page(documents: Iterable[Mapping[str, Any]], plotly: str) -> str:
+    """A page of all plots of some documents that needs nothing else; `plotly` is the library's source."""
+    parts = []
+    for document in documents:
+        name = document["arena"] + (f" on {document['model']}" if "model" in document else "")
+        parts.append(f"<h1>Arena: {html.escape(name)}</h1>\n<p>{html.escape(document['about'])}</p>")
+        stamp = ", ".join(f"{key} {value}" for key, value in document["environment"].items() if value is not None)
+        parts.append(f"<p><small>seeds {document['seeds']}; {html.escape(stamp)}</small></p>")
+        parts += [
+            f'<h2>{html.escape(figure["title"])}</h2>\n<div class="plot" data-figure="{html.escape(json.dumps(figure))}"></div>'
+            for figure in figures(document)
+        ]
+    return PAGE.replace("{BODY}", "\n".join(parts)).replace("{PLOTLY}", plotly)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>effllm bench</title>
+<style>body { font-family: sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem } .plot { height: 32rem }</style>
+<script>{PLOTLY}</script></head><body>
+{BODY}
+<script>
+for (const element of document.querySelectorAll(".plot")) {
+  const { data, x, y, buttons } = JSON.parse(element.dataset.figure);
+  const layout = { xaxis: { title: { text: x } }, yaxis: { title: { text: y } }, showlegend: true };
+  if (buttons.length) layout.updatemenus = [{ x: 0, xanchor: "left", y: 1.12, yanchor: "bottom",
+    buttons: buttons.map(({ label, update }) => ({ label, method: "restyle", args: [update] })) }];
+  Plotly.newPlot(element, data, layout, { responsive: true, displaylogo: false });
+}
+</script></body></html>
+"""

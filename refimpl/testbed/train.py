@@ -1,0 +1,265 @@
+"""Train the testbed's model: `python -m refimpl.testbed.train`. About two hours on two cores; it resumes where it was stopped.
+
+A step sees rows of real text and rows of the tasks, in fixed shares; answers weigh more than the text around them. Contexts are
+short at first: heads that copy appear soonest there, and lengthen to the 1,024 tokens of the tasks.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Annotated, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from refimpl.model.config import Config
+from refimpl.model.load import save
+from refimpl.model.model import Decoder, initialize_
+from refimpl.testbed import corpus, tasks, world
+from refimpl.testbed.sample import Sample
+from refimpl.testbed.tokenizer import CHECKPOINT, END, END_ID, VOCABULARY, learn, tokenizer
+
+CONFIG = Config(
+    vocabulary=VOCABULARY,
+    d_model=192,
+    n_layers=6,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=32,
+    d_ff=512,
+    tied_embeddings=True,
+    max_positions=1024,
+)
+SEED = 0
+ROW_TOKENS = 8192  # in a step
+SHARES = {
+    "text": 0.22,
+    "single_doc_qa": 0.12,
+    "multi_doc_qa": 0.16,
+    "summarization": 0.10,
+    "few_shot": 0.08,
+    "code_completion": 0.08,
+    "retrieval": 0.12,
+    "needle": 0.12,
+}
+ANSWER_WEIGHT, OTHER_WEIGHT = 4.0, 0.5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps at one length of context."""
+
+    length: int
+    steps: int
+
+
+STAGES = (Stage(256, 2400), Stage(512, 800), Stage(1024, 800))
+WARMUP, DECAY = 100, 800  # steps
+MUON_RATE, ADAM_RATE = 0.01, 3e-3
+
+
+class Batch(NamedTuple):
+    """Rows `[rows, length + 1]` of tokens, and what each weighs as a target."""
+
+    tokens: Tensor
+    weights: Tensor
+
+
+def batch_at(step: int, length: int) -> Batch:
+    """The rows of one step; they depend on the seed, the step and the length alone, so that a resumed run sees the same."""
+    draw = Random(f"{SEED}/{step}/{length}")
+    kinds = draw.choices(list(SHARES), list(SHARES.values()), k=ROW_TOKENS // length)
+    rows = [_text(length, draw) if kind == "text" else _task(kind, length, draw) for kind in kinds]
+    tokens, weights = zip(*rows, strict=True)
+    return Batch(torch.stack(tokens), torch.stack(weights))
+
+
+def _text(length: int, draw: Random) -> tuple[Tensor, Tensor]:
+    text = corpus.tokens("train")
+    start = draw.randrange(len(text) - length)
+    return text[start : start + length + 1], torch.full((length + 1,), OTHER_WEIGHT)
+
+
+def _task(name: str, length: int, draw: Random) -> tuple[Tensor, Tensor]:
+    """A row of one task, filled up with ends that weigh nothing."""
+    module = tasks.task(name)
+    options = _needles(length, draw) if name == "needle" else {}
+    size = draw.choice((length, length, length // 2)) if length > 256 else length
+    sample = module.sample(size, corpus.lines("train", module.FILLER), draw, **options)
+    return encode(sample, length + 1)
+
+
+def _needles(length: int, draw: Random) -> dict[str, int]:
+    """Mostly a few short phrases; now and then a single one of up to 64 words."""
+    if length >= 256 and draw.random() < 0.25:
+        return {"words": draw.randint(8, 64 if length > 256 else 48), "needles": 1}
+    return {"words": draw.randint(1, 8), "needles": draw.randint(1, 4)}
+
+
+def encode(sample: Sample, length: int) -> tuple[Tensor, Tensor]:
+    """A sample with all its questions as one row of `length` tokens and their weights; ends fill it up and weigh nothing."""
+    pieces, weights = [sample.context], [OTHER_WEIGHT]
+    for question, answer in ((sample.question, sample.answer), *sample.more):
+        pieces += [question, f"{answer}\n"]
+        weights += [OTHER_WEIGHT, ANSWER_WEIGHT]
+    encoded = [encoding.ids for encoding in tokenizer().encode_batch_fast(pieces)]
+    tokens = [token for ids in encoded for token in ids]
+    weighed = [weight for ids, weight in zip(encoded, weights, strict=True) for _ in ids]
+    gap = length - len(tokens)
+    if gap < 0:
+        raise ValueError(f"a sample of {len(tokens)} tokens does not fit in {length}")
+    return torch.tensor(tokens + [END_ID] * gap), torch.tensor(weighed + [0.0] * gap)
+
+
+def loss_of(model: Decoder, batch: Batch) -> Tensor:
+    """Weighted mean cross-entropy, in nats."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(batch.tokens[:, :-1])
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.tokens[:, 1:].flatten(), reduction="none")
+    weights = batch.weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
+def optimizers_of(model: Decoder) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embedding and norms."""
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2 or p is model.embedding.weight]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor of the learning rates: up over `WARMUP` steps, level, down to zero over the last `DECAY`."""
+    return min(1.0, (step + 1) / WARMUP, (steps - step) / DECAY)
+
+
+class Run:
+    """A training run: model, optimizers and step, which a folder keeps.
+
+    Args:
+        folder: where state and log are written, and read if they are there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = initialize_(Decoder(CONFIG), torch.Generator().manual_seed(SEED))
+        self.optimizers = optimizers_of(self.model)
+        self.step = 0
+        self.log: list[dict[str, float]] = []
+        if (folder / "state.safetensors").exists():
+            self._read()
+
+    def __iter__(self) -> Iterator[int]:
+        """Steps that remain, with the length of each."""
+        lengths = [stage.length for stage in STAGES for _ in range(stage.steps)]
+        while self.step < len(lengths):
+            yield lengths[self.step]
+
+    def advance(self, length: int) -> float:
+        """One step; the loss before it."""
+        steps = sum(stage.steps for stage in STAGES)
+        self.model.train()
+        loss = loss_of(self.model, batch_at(self.step, length))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, rate in zip(self.optimizers, (MUON_RATE, ADAM_RATE), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * schedule(self.step, steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.item()
+
+    def write(self) -> None:
+        """Put the state into the folder; the old one stands until the new one is whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer/{i}/{j}/{key}": value.contiguous() for key, value in state.items()}
+        fresh = self.folder / "state.safetensors.new"
+        save_file(tensors, fresh, {"step": str(self.step), "log": json.dumps(self.log)})
+        fresh.replace(self.folder / "state.safetensors")
+
+    def _read(self) -> None:
+        path = self.folder / "state.safetensors"
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        self.step, self.log = int(about["step"]), json.loads(about["log"])
+        self.model.load_state_dict(
+            {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+        )
+        for i, optimizer in enumerate(self.optimizers):
+            states: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                if name.startswith(f"optimizer/{i}/"):
+                    _, _, j, key = name.split("/")
+                    states.setdefault(int(j), {})[key] = tensor
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+
+
+@torch.no_grad()
+def teacher_forced(model: Decoder, name: str, rows: int, length: int) -> float:
+    """Share of first answers that are right in every token if the tokens before are given."""
+    model.eval()
+    samples = tasks.samples(name, rows, length, torch.Generator().manual_seed(1))
+    right = 0
+    for group in range(0, rows, 16):
+        pairs = [encode(sample._replace(more=()), length + 1) for sample in samples[group : group + 16]]
+        tokens, weights = (torch.stack(column) for column in zip(*pairs, strict=True))
+        with torch.autocast("cpu", torch.bfloat16):
+            best = model(tokens[:, :-1]).argmax(dim=-1)
+        right += int(((best == tokens[:, 1:]) | (weights[:, 1:] != ANSWER_WEIGHT)).all(dim=1).sum())
+    return right / rows
+
+
+def main(
+    folder: Annotated[Path, typer.Option(help="State and log of the run.")] = Path("build/testbed"),
+    every: Annotated[int, typer.Option(help="Steps between scores, which are also those between saved states.")] = 250,
+) -> None:
+    """Train, or go on with a run that was stopped."""
+    if not (CHECKPOINT / "tokenizer.json").exists():
+        CHECKPOINT.mkdir(exist_ok=True)
+        learn_tokenizer().save(str(CHECKPOINT / "tokenizer.json"))
+    run, since, losses = Run(folder), time.perf_counter(), list[float]()
+    for length in run:
+        losses.append(run.advance(length))
+        if run.step % every == 0:
+            scores = {name: teacher_forced(run.model, name, 64, length) for name in tasks.NAMES}
+            seconds = time.perf_counter() - since
+            row = {"step": run.step, "length": length, "loss": sum(losses) / len(losses), "seconds": seconds, **scores}
+            run.log.append(row)
+            typer.echo(" ".join(f"{key} {value:.3g}" for key, value in row.items()))
+            run.write()
+            since, losses = time.perf_counter(), []
+    publish(run)
+
+
+def learn_tokenizer() -> Tokenizer:
+    """The tokenizer of the corpus, in which the words of the tasks' world are single tokens."""
+    lines = [f"{world.GRAMMAR}\n", *(f"- {word}\n" for word in sorted(world.WORDS))]
+    return learn(corpus.documents("train").values(), lines)
+
+
+def publish(run: Run) -> None:
+    """Write the checkpoint: weights in bfloat16, config, tokenizer's config, log."""
+    save(run.model.bfloat16(), CHECKPOINT)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "model_max_length": CONFIG.max_positions}
+    (CHECKPOINT / "tokenizer_config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    log = {"python": platform.python_version(), "torch": torch.__version__, "corpus": corpus.digest(), "log": run.log}
+    (CHECKPOINT / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

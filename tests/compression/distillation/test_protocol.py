@@ -1,0 +1,215 @@
+"""What holds for every distillation method; the list of methods is the taxonomy's. A toy black-box method stands for its kind."""
+
+import copy
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.testing import assert_close
+
+import taxonomy
+from refimpl.compression.distillation.protocol import (
+    BlackBox,
+    Sequences,
+    WhiteBox,
+    check_logits,
+    distill,
+    label_loss,
+    logits_of,
+    writer,
+)
+from refimpl.model.config import Config
+from refimpl.model.generate import generate
+from refimpl.model.model import Decoder, initialize_
+
+METHODS = taxonomy.load().find(category="compression/distillation", implemented=True)
+SIZES = {"vocabulary": 13, "d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 24}
+
+
+@dataclasses.dataclass(frozen=True)
+class Copying(BlackBox):
+    """Learns the teacher's greedy continuation of each batch's first five tokens."""
+
+    def sequences(self, batch, student, write, generator):
+        prompt, n = batch[:, :5], batch.shape[1] - 5
+        mask = torch.arange(batch.shape[1] - 1).expand(len(batch), -1) >= 4
+        return Sequences(torch.cat((prompt, write(prompt, n)), dim=1), mask)
+
+
+@pytest.fixture(params=[None, *METHODS], ids=lambda method: method.id if method else "toy-black-box")
+def method(request):
+    """A method at its default settings."""
+    return request.param.load()() if request.param else Copying()
+
+
+@pytest.fixture
+def white_box(method):
+    if not isinstance(method, WhiteBox):
+        pytest.skip("a black-box method has no loss over the teacher's logits")
+    return method
+
+
+@pytest.fixture
+def teacher(generator):
+    return initialize_(Decoder(Config(**SIZES)), generator, std=0.3)
+
+
+@pytest.fixture
+def student():
+    return initialize_(Decoder(Config(**{**SIZES, "n_layers": 1})), torch.Generator().manual_seed(7), std=0.3)
+
+
+def batches(seed=5):
+    seeded = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(0, 13, (3, 12), generator=seeded)
+
+
+def trained(method, student, teacher, steps=4):
+    student = copy.deepcopy(student)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
+    losses = distill(student, teacher, method, optimizer, batches(), steps, torch.Generator().manual_seed(1))
+    return student, losses
+
+
+def logits(generator, dtype=torch.float32):
+    student, teacher = (torch.randn(2, 5, 13, generator=generator).to(dtype) for _ in range(2))
+    labels = torch.randint(0, 13, (2, 5), generator=generator)
+    mask = torch.tensor([[True] * 5, [False, True, True, False, False]])
+    return student, teacher, labels, mask
+
+
+def test_there_are_methods():
+    assert METHODS
+
+
+def test_only_the_student_moves(method, student, teacher):
+    """Oracle: the state of both before."""
+    before = copy.deepcopy(teacher.state_dict())
+    after, losses = trained(method, student, teacher)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters()) and not teacher.training
+    assert any(not torch.equal(x, y) for x, y in zip(after.parameters(), student.parameters(), strict=True))
+    assert len(losses) == 4 and all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_the_same_seed_gives_the_same_student_and_nothing_is_left(method, student, teacher):
+    fresh = copy.deepcopy(method)
+    first = trained(method, student, teacher)[1]
+    assert trained(method, student, teacher)[1] == first == trained(fresh, student, teacher)[1]
+    assert method == fresh
+
+
+def test_a_loss_falls_on_what_is_repeated(method, student, teacher):
+    """Oracle: 60 steps on one batch; what is learnt is there at the end."""
+    batch = next(batches())
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
+    losses = distill(student, teacher, method, optimizer, iter([batch] * 60), 60, torch.Generator().manual_seed(1))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_what_the_mask_leaves_out_changes_nothing(white_box, generator):
+    """Oracle: other logits and labels there, NaN included; and the counted positions alone."""
+    student, teacher, labels, mask = logits(generator)
+    student.requires_grad_()
+    loss = white_box.loss(student, teacher, labels, mask)
+    (gradient,) = torch.autograd.grad(loss, student)
+    other = teacher.masked_fill(~mask[..., None], float("nan")), labels.masked_fill(~mask, 0)
+    assert torch.equal(white_box.loss(student, *other, mask), loss)
+    assert (gradient[~mask] == 0).all() and (gradient[mask] != 0).any(-1).all()
+    assert_close(white_box.loss(student[mask], teacher[mask], labels[mask]), loss)
+    assert (white_box.loss(student, teacher, labels) - loss).abs() > 1e-3  # negative control
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_half_precision_is_accumulated_in_float32(white_box, generator, dtype):
+    """Oracle: the same numbers in float32 (float64 for itself)."""
+    student, teacher, labels, mask = logits(generator, dtype)
+    loss = white_box.loss(student, teacher, labels, mask)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert loss.dtype == wide and loss.ndim == 0
+    assert_close(loss, white_box.loss(student.to(wide), teacher.to(wide), labels, mask))
+
+
+def test_no_gradient_reaches_the_teachers_logits(white_box, generator):
+    student, teacher, labels, mask = logits(generator)
+    teacher.requires_grad_()
+    white_box.loss(student.requires_grad_(), teacher, labels, mask).backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+def test_what_does_not_fit_is_refused(white_box, generator):
+    student, teacher, labels, mask = logits(generator)
+    for arguments, message in (
+        ((student[..., :9], teacher, labels, mask), "vocabulary has 9 tokens and the teacher's 13"),
+        ((student[:, :3], teacher, labels, mask), "must be"),
+        ((student, teacher, labels[:, :3], mask), "must be"),
+        ((student, teacher, labels, mask[:1]), "must be"),
+        ((student, teacher, labels, mask.float()), "must be bool"),
+        ((student, teacher, labels, ~mask & mask), "no position counts"),
+        ((student[:, :0], teacher[:, :0], labels[:, :0], None), "no position counts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            white_box.loss(*arguments)
+
+
+def test_models_of_transformers_are_read_too(white_box, student, teacher):
+    """Oracle: the same models, whose output stands in an object's `logits`."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens):
+            return SimpleNamespace(logits=self.model(tokens))
+
+    batch, generator = next(batches()), torch.Generator()
+    expected = white_box.step(student, teacher, batch, generator)
+    assert torch.equal(white_box.step(Wrapped(student), Wrapped(teacher), batch, generator), expected)
+
+
+def test_a_black_box_method_meets_no_logit(method, student, teacher):
+    """Oracle: what the method is handed: of the teacher only a function that returns tokens."""
+    if not isinstance(method, BlackBox):
+        pytest.skip("a white-box method sees the teacher's logits")
+    handed = []
+
+    class Watched(type(method)):
+        def sequences(self, batch, student, write, generator):
+            handed.append(write(batch[:, :3], 4))
+            assert callable(write) and not isinstance(write, nn.Module) and not hasattr(write, "logits")
+            return super().sequences(batch, student, write, generator)
+
+    settings = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    trained(Watched(**settings), student, teacher, steps=2)
+    assert all(out.dtype == torch.int64 and out.shape == (3, 4) for out in handed) and handed
+
+
+def test_the_teacher_writes_as_generate_does(teacher):
+    """Oracle: `generate`."""
+    prompts = next(batches())[:, :4]
+    write = writer(teacher, torch.Generator().manual_seed(2))
+    assert torch.equal(write(prompts, 6), generate(teacher, prompts, 6))
+    drawn = generate(teacher, prompts, 6, temperature=1.0, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(write(prompts, 6, temperature=1.0), drawn)
+    with pytest.raises(ValueError, match="teacher=Linear can't write"):
+        writer(nn.Linear(2, 2), torch.Generator())(prompts, 3)
+
+
+def test_configuration_survives_yaml(method):
+    settings = dataclasses.asdict(method)
+    assert type(method)(**yaml.safe_load(yaml.safe_dump(settings))) == method
+
+
+def test_label_loss_by_hand():
+    """Oracle: by hand: chances 1/4 and 3/4 of the right token, one of three positions left out."""
+    logits = torch.tensor([[[1.0, 3.0], [3.0, 1.0], [9.0, 1.0]]]).log()
+    labels, mask = torch.tensor([[0, 0, 0]]), torch.tensor([[True, True, False]])
+    expected = -(torch.tensor(0.25).log() + torch.tensor(0.75).log()) / 2
+    assert_close(label_loss(logits, labels, mask), expected)
+    assert torch.equal(logits_of(nn.Identity(), logits), logits)
+    check_logits(logits, logits, labels, mask)

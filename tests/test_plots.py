@@ -1,0 +1,96 @@
+"""Plots of an arena, as data. Oracle: by hand."""
+
+import json
+
+import pytest
+
+from refimpl import plots
+
+
+def row(method, score, cost, *, seed=0, task="sum", length=1, error=None, **rest):
+    return {
+        "method": method,
+        "settings": rest.pop("settings", {}),
+        "axes": {"length": length, "task": task},
+        "seed": seed,
+        "figures": {} if error else {"score": score, "cost": cost},
+        "error": error,
+        **rest,
+    }
+
+
+def document(rows, axes=("length", "task")):
+    metrics = [
+        {"name": "score", "unit": "points", "better": "higher"},
+        {"name": "cost", "unit": "bytes", "better": "lower"},
+    ]
+    return {"arena": "toy", "about": "<Toys>.", "metrics": metrics, "axes": {a: [] for a in axes}, "rows": rows,
+            "environment": {"torch": "9", "commit": None}, "seeds": [0]}  # fmt: skip
+
+
+def test_a_trade_off_has_means_and_the_spread_over_seeds():
+    """Oracle: 1 and 3 have the mean 2, half of the range is 1; what failed is left out."""
+    rows = [row("a", 1.0, 8, settings={"bits": 2}), row("a", 3.0, 8, seed=1, settings={"bits": 2}), row("a", 5.0, 9)]
+    figure, *_ = plots.figures(document([*rows, row("b", 0, 0, error="E: no")]))
+    assert (figure["title"], figure["x"], figure["y"]) == ("score against cost", "cost (bytes)", "score (points)")
+    [trace] = figure["data"]
+    assert trace["name"] == "a" and trace["mode"] == "markers"
+    assert (trace["x"], trace["y"], trace["text"]) == ([8, 9], [2, 5], ["bits 2", "a"])
+    assert trace["error_y"]["array"] == [1, 0]
+    assert figure["buttons"] == []
+
+
+def test_each_point_of_the_axes_has_a_button_that_replaces_every_trace():
+    rows = [row("a", 1.0, 8), row("a", 2.0, 9, task="count"), row("b", 3.0, 7, task="count")]
+    figure, *_ = plots.figures(document(rows))
+    assert [trace["name"] for trace in figure["data"]] == ["a", "b"]
+    assert [trace["y"] for trace in figure["data"]] == [[1.0], []]
+    assert [button["label"] for button in figure["buttons"]] == ["length 1, task sum", "length 1, task count"]
+    assert [button["update"]["y"] for button in figure["buttons"]] == [[[1.0], []], [[2.0], [3.0]]]
+    assert figure["buttons"][1]["update"]["error_y.array"] == [[0.0], [0.0]]
+
+
+def test_a_first_axis_of_numbers_has_lines_over_it():
+    rows = [row("a", float(n), 8, length=n, settings={"bits": 2}) for n in (4, 1, 2)]
+    found = {figure["title"]: figure for figure in plots.figures(document(rows))}
+    assert set(found) == {"score against cost", "score over length", "cost over length"}
+    [trace] = found["score over length"]["data"]
+    assert (trace["x"], trace["y"], trace["name"]) == ([1, 2, 4], [1, 2, 4], "a, bits 2")
+    assert found["score over length"]["x"] == "length"
+    names = [row("a", 1.0, 8, task=task) for task in ("sum", "count")]
+    assert [f["title"] for f in plots.figures(document(names, axes=("task", "length")))] == ["score against cost"]
+
+
+def test_curves_are_those_of_the_first_seed():
+    curves = {"loss over tokens": [[1, 5.0], [2, None]]}
+    rows = [
+        row("a", 1, 1, seed=1, curves={"loss over tokens": [[9, 9]]}),
+        row("a", 1, 1, curves=curves),
+        row("b", 1, 1),
+    ]
+    figure = plots.figures(document(rows))[-1]
+    assert (figure["title"], figure["x"], figure["y"]) == ("loss over tokens", "tokens", "loss")
+    [trace] = figure["data"]
+    assert (trace["x"], trace["y"], trace["mode"]) == ([1, 2], [5.0, None], "lines")
+
+
+@pytest.mark.parametrize("rows", [[], [row("a", 0, 0, error="E: no")]])
+def test_nothing_to_draw_is_an_empty_plot(rows):
+    figure, *_ = plots.figures(document(rows))
+    assert figure["data"] == [] and figure["buttons"] == []
+
+
+def test_figures_of_before_axes_are_drawn():
+    old = {"method": "a", "settings": {}, "seed": 0, "figures": {"score": 1.0, "cost": 2}}
+    found = document([old])
+    del found["axes"]
+    [figure] = plots.figures(found)
+    assert figure["data"][0]["x"] == [2]
+
+
+def test_a_page_keeps_texts_as_they_are():
+    page = plots.page([document([row("<b>", 1, 1)])], "/* the library */")
+    assert "<h1>Arena: toy</h1>" in page and "&lt;Toys&gt;." in page and "/* the library */" in page
+    assert "<b>" not in page
+    assert "torch 9" in page and "commit" not in page
+    assert json.dumps("<b>") not in page

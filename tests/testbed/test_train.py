@@ -1,0 +1,125 @@
+"""Training: what a step sees, what weighs, and that a stopped run goes on as if it had not been stopped."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from refimpl.model.config import Config
+from refimpl.testbed import tasks, train
+from refimpl.testbed.sample import count
+from refimpl.testbed.tokenizer import END_ID, VOCABULARY, tokenizer
+
+TINY = Config(
+    vocabulary=VOCABULARY, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24, tied_embeddings=True
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A run of seconds: a tiny model, few rows, short contexts."""
+    monkeypatch.setattr(train, "CONFIG", TINY)
+    monkeypatch.setattr(train, "ROW_TOKENS", 4 * 256)
+    monkeypatch.setattr(train, "STAGES", (train.Stage(256, 4),))
+
+
+def test_a_steps_rows_depend_on_the_step_alone():
+    again, other = train.batch_at(7, 256), train.batch_at(8, 256)
+    assert torch.equal(train.batch_at(7, 256).tokens, again.tokens)
+    assert not torch.equal(again.tokens, other.tokens)
+    assert again.tokens.shape == again.weights.shape == (train.ROW_TOKENS // 256, 257)
+
+
+def test_answers_weigh_more_and_the_end_nothing(generator):
+    """Oracle: the sample's own texts, decoded from where the weights say that answers stand."""
+    (sample,) = tasks.samples("single_doc_qa", 1, 256, generator)
+    tokens, weights = train.encode(sample, 257)
+    said = tokenizer().decode(tokens[weights == train.ANSWER_WEIGHT].tolist())
+    assert said == "".join(f"{answer}\n" for answer in (sample.answer, *(a for _, a in sample.more)))
+    assert (tokens[weights == 0] == END_ID).all()
+    assert int((weights > 0).sum()) == count(sample.context) + sum(
+        count(f"{q}{a}\n") for q, a in ((sample.question, sample.answer), *sample.more)
+    )
+
+
+def test_a_sample_that_is_too_long_is_refused(generator):
+    (sample,) = tasks.samples("needle", 1, 256, generator)
+    with pytest.raises(ValueError, match=r"a sample of \d+ tokens does not fit in 99"):
+        train.encode(sample, 99)
+
+
+def test_the_loss_is_the_weighted_mean(tiny, tmp_path):
+    """Oracle: token by token in float64, from the model's own log-probabilities in float32; bfloat16 rounds to 2^-8."""
+    model = train.Run(tmp_path).model
+    batch = train.batch_at(0, 256)
+    log_p = model(batch.tokens[:, :-1]).double().log_softmax(-1)
+    total = weight = 0.0
+    for row, targets, weights in zip(log_p, batch.tokens[:, 1:], batch.weights[:, 1:], strict=True):
+        for p, target, w in zip(row, targets, weights, strict=True):
+            total, weight = total - float(w * p[target]), weight + float(w)
+    assert_close(train.loss_of(model, batch).item(), total / weight, rtol=2**-8, atol=0)
+    even = batch._replace(weights=torch.ones_like(batch.weights))
+    assert abs(train.loss_of(model, even).item() - total / weight) > 1e-3  # negative control: the weights count
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny, tmp_path):
+    whole = train.Run(tmp_path / "whole")
+    for length in whole:
+        whole.advance(length)
+    for _ in range(2):  # two sittings of two steps
+        part = train.Run(tmp_path / "part")
+        for length in part:
+            part.advance(length)
+            if part.step % 2 == 0:
+                break
+        part.write()
+    assert part.step == whole.step == 4
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(part.model.state_dict()[name], value), name
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_nothing():
+    """Oracle: by hand."""
+    rates = [train.schedule(step, 4000) for step in range(4000)]
+    assert rates[0] == 1 / train.WARMUP
+    assert rates[train.WARMUP] == rates[4000 - train.DECAY] == 1
+    assert rates[4000 - train.DECAY // 2] == 0.5
+    assert rates[-1] == 1 / train.DECAY
+
+
+def test_every_parameter_has_one_optimizer(tiny, tmp_path):
+    run = train.Run(tmp_path)
+    held = [id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in run.model.parameters())
+
+
+def test_shares_sum_to_one_and_name_every_task():
+    assert sum(train.SHARES.values()) == pytest.approx(1)
+    assert set(train.SHARES) == {"text", *tasks.NAMES}
+
+
+def test_teacher_forcing_counts_whole_answers(tiny, monkeypatch):
+    """Oracle: a model that knows every next token scores 1, and one that is wrong in an answer's last token 0."""
+
+    class Knows(torch.nn.Module):
+        def __init__(self, spoil):
+            super().__init__()
+            self.spoil = spoil
+
+        def forward(self, tokens):
+            following = torch.roll(self.rows, -1, dims=1)[:, :-1]
+            logits = torch.nn.functional.one_hot(following, VOCABULARY).float()
+            return logits.roll(1, dims=-1) if self.spoil else logits
+
+    seen = train.encode
+
+    for spoil, score in ((False, 1.0), (True, 0.0)):
+        model, rows = Knows(spoil), []
+
+        def encode(sample, length, rows=rows, model=model):
+            row = seen(sample, length)
+            rows.append(row[0])
+            model.rows = torch.stack(rows)
+            return row
+
+        monkeypatch.setattr(train, "encode", encode)
+        assert train.teacher_forced(model, "few_shot", 3, 256) == score
