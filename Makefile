@@ -48,8 +48,11 @@ format:  ## let ruff format the code and mend what it can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: .venv/stamp  ## how validation, loading and graph grow from 1,000 to 100,000 methods (4 minutes)
-	$(BIN)/python -m tools.scaling --output build/results/scaling.json
+bench: .venv/stamp  ## measure what docs/results/ holds: every arena whole, claims, peers, scale (hours; goes on where it was)
+	$(BIN)/effllm bench all --jobs 1 --output docs/results
+	$(BIN)/effllm claims --measure --output docs/results/claims.json
+	$(BIN)/python -m tools.peers --output docs/results/peers.json
+	$(BIN)/python -m tools.scaling --output docs/results/scaling.json
 
 clean:  ## remove what was built, the environment too
 	rm -rf .venv build site dist

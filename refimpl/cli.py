@@ -353,22 +353,22 @@ def claims(
 
 
 def _measure_claims(chosen: list[Method], path: Path) -> tuple[list[Any], int]:
-    from rich.progress import track
+    from rich.progress import Progress
 
     from refimpl import claims as ledger
     from refimpl import results
 
     if not (CHECKOUT / "tests").is_dir():
         raise Refused("claims are measured by the tests, which stand in a checkout of the repository, not in the wheel")
-    rows, worst = [], 0
-    for method in track(chosen, "claims", console=err, transient=True):
-        measured, code, said = ledger.measure([method.id], CHECKOUT / "tests")
-        rows += measured
-        if code:
-            worst = 1
-            err.print(said, markup=False)
+    with Progress(console=err, transient=True) as bar:
+        task = bar.add_task("claims", total=100)
+        rows, code, said = ledger.measure(
+            [m.id for m in chosen], CHECKOUT / "tests", lambda done: bar.update(task, completed=done)
+        )
+    if code:
+        err.print(said, markup=False)
     results.store_claims(path, rows)
-    return rows, worst
+    return rows, min(code, 1)
 
 
 Device = Annotated[str, typer.Option(help="torch device.")]

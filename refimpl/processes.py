@@ -41,8 +41,11 @@ class RankFailed(RuntimeError):
     """A process died; `rank` is the first one that did."""
 
     def __init__(self, rank: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(rank, message)  # both, so that the error can pass between processes
         self.rank = rank
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 def rank_and_size(group: Group) -> tuple[int, int]:
@@ -109,11 +112,16 @@ def launch(
 
 
 def _context() -> ForkServerContext | SpawnContext:
-    """Children of a server that has imported torch once start in a tenth of a second; elsewhere every one imports it."""
+    """Children of a server that has imported torch once start in a tenth of a second; elsewhere every one imports it.
+
+    `torch._dynamo` is what PyTorch imports when a process makes its first optimizer; it takes as long as torch itself.
+    """
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "refimpl.distributed"])
+    # joblib's workers pass on the name of their own way to start processes, which only joblib knows.
+    modules = ["torch", "torch._dynamo", "torch.distributed", "refimpl.distributed", "joblib.externals.loky"]
+    context.set_forkserver_preload(modules)
     return context
 
 

@@ -94,6 +94,19 @@ def _lives(pid):
         return False
 
 
+@pytest.mark.slow
+def test_a_worker_of_joblib_can_start_processes(tmp_path):
+    """The benchmark's cells run in such workers. Their failures come back whole, too."""
+    from joblib import Parallel, delayed
+
+    tensor = torch.zeros(2)
+    jobs = [delayed(launch)(answer, 2, 5, tensor) for _ in range(2)]
+    assert [[row["rank"] for row in rows] for rows in Parallel(n_jobs=2)(jobs)] == [[5, 6], [5, 6]]
+    with pytest.raises(RankFailed, match="the culprit's own words") as caught:
+        Parallel(n_jobs=2)([delayed(launch)(fail, 2, "raise", 1) for _ in range(2)])
+    assert caught.value.rank == 1
+
+
 def test_no_processes_are_refused():
     with pytest.raises(ValueError, match="size=0 must be at least 1"):
         launch(answer, 0)

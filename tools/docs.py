@@ -124,6 +124,11 @@ class Site:
                 found.setdefault(json.dumps(row["environment"]), {})[row["method"]] = None
         return [(", ".join(methods), json.loads(own)) for own, methods in found.items()]
 
+    def peers(self) -> list[dict[str, Any]]:
+        """Methods beside other projects' implementations, as `python -m tools.peers` measured them."""
+        rows: list[dict[str, Any]] = self.documents.get("peers", {}).get("peers", [])
+        return rows
+
     def facet(self, method: Method, name: str) -> Any:
         """One facet of a method."""
         return getattr(method.facets, name)
@@ -181,6 +186,7 @@ class Site:
             picture=self._picture(path, around, "layered") if around.number_of_nodes() > 1 else None,
             oracles=oracles(self.root / "tests" / _test_path(method)) if method.implemented else [],
             tables=[_table(self.documents[a], rivals | {method.id}, 3) for a in method.arena if a in self.documents],
+            peers=[row for row in self.peers() if row["method"] == method.id],
         )
 
     def _papers(self) -> None:
@@ -202,6 +208,12 @@ class Site:
             claims=claims,
             stamp=self.documents.get("claims", {}).get("environment"),
         )
+        self.page(
+            "results/peers.md",
+            "peers.md.j2",
+            rows=self.peers(),
+            stamp=self.documents.get("peers", {}).get("environment"),
+        )
         arenas = {name: d for name, d in self.documents.items() if "arena" in d}
         for name, document in arenas.items():
             methods = {row["method"] for row in document["rows"]}
@@ -218,7 +230,8 @@ class Site:
         scaling = self.documents.get("scaling")
         self.page("results/index.md", "results.md.j2", arenas=arenas, claims=claims, scaling=scaling)
         self.put(
-            "results/.nav.yml", _yaml_nav("Results", ["index.md", "claims.md", *(f"{name}.md" for name in arenas)])
+            "results/.nav.yml",
+            _yaml_nav("Results", ["index.md", "claims.md", "peers.md", *(f"{name}.md" for name in arenas)]),
         )
         if arenas:
             source = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"

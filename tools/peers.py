@@ -10,9 +10,6 @@ same tests run alone, one after the other, and also report time and memory:
 
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -27,7 +24,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 import taxonomy
-from refimpl.claims import test_file
+from refimpl.claims import run_tests, test_file
 from refimpl.cli import run_app
 from refimpl.environment import environment
 from refimpl.results import CHECKOUT, fresh_folder, kept_rows
@@ -110,18 +107,6 @@ def _tensors(result: Any) -> Iterable[torch.Tensor]:
             yield from _tensors(part)
 
 
-def measure(methods: Iterable[taxonomy.Method], tests: Path) -> tuple[list[Pair], str]:
-    """Run the peer tests of some methods in a process of their own: what they report, and what pytest said of failures."""
-    files = [str(path) for m in methods if (path := test_file(m, tests)).exists()]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "peers.json"
-        options = ["-q", "-m", "peers", "-p", "no:cacheprovider", "-p", "no:xdist", "--peers-to", str(report)]
-        command = [sys.executable, "-m", "pytest", *options, *files]
-        done = subprocess.run(command, cwd=tests.parent, capture_output=True, text=True, check=False)
-        rows = json.loads(report.read_text()) if report.exists() else []
-    return [msgspec.convert(row, Pair) for row in rows], "" if done.returncode in (0, 5) else done.stdout + done.stderr
-
-
 def store(path: Path, pairs: Iterable[Pair]) -> None:
     """Write pairs with the environment; those of methods that did not run are kept."""
     fresh, stamp = [msgspec.to_builtins(pair) for pair in pairs], environment()
@@ -143,7 +128,9 @@ def main(
         if name not in loaded.methods:
             raise ValueError(f"unknown method {name!r}{taxonomy.near(name, loaded.methods)} (`effllm tree` lists all)")
     chosen = [loaded.methods[name] for name in methods or []] or loaded.find(implemented=True)
-    pairs, failed = measure(chosen, CHECKOUT / "tests")
+    files = [path for m in chosen if (path := test_file(m, CHECKOUT / "tests")).exists()]
+    rows, failed, said = run_tests("peers", files, CHECKOUT, ["-n", "0"])  # one after the other: they are timed
+    pairs = [msgspec.convert(row, Pair) for row in rows]
     path = output or fresh_folder() / "peers.json"
     if pairs:
         store(path, pairs)
@@ -152,7 +139,7 @@ def main(
     else:
         Console().print(_table(pairs))
     if failed:
-        typer.echo(failed, err=True)
+        typer.echo(said, err=True)
     if not pairs:
         typer.echo("no method of these has a test that takes the fixture `peer`", err=True)
     raise typer.Exit(1 if failed or not pairs else 0)

@@ -6,27 +6,22 @@ windows of training text; what they leave is read in bfloat16 too. Layer methods
 
 import copy
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from refimpl import testbed
 from refimpl.arena.protocol import Conditions, Metric, clock
 from refimpl.compression.protocol import CompressedLinear, CompressedWeight, apply
-from refimpl.model.generate import generate, pad
 from refimpl.model.linear import is_linear
-from refimpl.model.load import load, tokenizer
 from refimpl.model.model import Decoder
 from refimpl.model.train import perplexity
 from refimpl.testbed.sample import Sample
-from refimpl.testbed.tokenizer import tokenizer as testbed_tokenizer
 
 LENGTH = 256  # tokens of a window of text, and of a task's example
-TEXT = 50_000  # tokens of each split that windows are cut from
+TEXT = 50_000  # tokens of training text that calibration windows are cut from
 TASKS = ("single_doc_qa", "few_shot", "retrieval")
 
 ABOUT = (
@@ -51,8 +46,7 @@ QUICK: dict[str, tuple[Any, ...]] = {}
 class Substrate:
     """A model and what it is calibrated and measured on."""
 
-    model: Decoder
-    tokenizer: Tokenizer
+    subject: testbed.Subject
     calibration: list[Tensor]  # batches [8, LENGTH]
     held_out: Tensor  # [tokens]
     samples: dict[str, list[Sample]]
@@ -65,34 +59,20 @@ def substrate(conditions: Conditions) -> Substrate:
         FileNotFoundError: the folder of the user's model is not there.
         ValueError: it is none that `refimpl.model` reads.
     """
-    if conditions.model is None:
-        model, reader = testbed.load(conditions.device, torch.bfloat16)
-    else:
-        model, reader = load(conditions.model, torch.bfloat16, conditions.device), tokenizer(conditions.model)
+    subject = testbed.subject(conditions.model, conditions.device, torch.bfloat16)
     windows, n = (8, 4) if conditions.quick else (64, 24)
-    train, held_out = (_text(split, reader, conditions) for split in ("train", "held-out"))
+    train, held_out = subject.text("train", TEXT), subject.text("held-out", windows * LENGTH)
     starts = torch.randint(len(train) - LENGTH, (windows, 1), generator=conditions.generator)
     calibration = train[starts + torch.arange(LENGTH)].to(conditions.device)
     samples = {task: testbed.tasks.samples(task, n, LENGTH, conditions.generator) for task in TASKS}
-    return Substrate(
-        model, reader, list(torch.split(calibration, 8)), held_out[: windows * LENGTH].to(conditions.device), samples
-    )
-
-
-def _text(split: Any, reader: Tokenizer, conditions: Conditions) -> Tensor:
-    """Text as tokens of the model, `[tokens]`, at least one window of it."""
-    tokens: Tensor = testbed.corpus.tokens(split, TEXT)
-    if conditions.model is None:
-        return tokens
-    text = testbed_tokenizer().decode(tokens.tolist())
-    return torch.tensor(reader.encode(text, add_special_tokens=False).ids)
+    return Substrate(subject, list(torch.split(calibration, 8)), held_out.to(conditions.device), samples)
 
 
 def baseline(conditions: Conditions) -> dict[str, float]:
     """The model as it is, in bfloat16."""
     given = substrate(conditions)
     start = clock(conditions.device)
-    model = copy.deepcopy(given.model)
+    model = copy.deepcopy(given.subject.model)
     return _figures(given, model, clock(conditions.device) - start)
 
 
@@ -101,7 +81,7 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
     method = implementation(**settings)
     given = substrate(conditions)
     start = clock(conditions.device)
-    model = apply(method, given.model, given.calibration)
+    model = apply(method, given.subject.model, given.calibration)
     return _figures(given, model, clock(conditions.device) - start)
 
 
@@ -114,12 +94,13 @@ def _figures(given: Substrate, model: Decoder, seconds: float) -> dict[str, floa
         if name != "lm_head" and (isinstance(layer, CompressedLinear) or is_linear(layer))
     )
     model = _unpacked(model)
+    subject = given.subject._replace(model=model)
     return {
         "perplexity": perplexity(model, given.held_out, LENGTH),
-        "score": statistics.fmean(_score(model, given.tokenizer, name, given.samples[name]) for name in given.samples),
+        "score": statistics.fmean(subject.score(name, samples) for name, samples in given.samples.items()),
         "layer_bytes": layer_bytes,
         "bytes": held,
-        "compression": stored_bytes(given.model) / held,
+        "compression": stored_bytes(given.subject.model) / held,
         "seconds": seconds,
     }
 
@@ -141,16 +122,3 @@ def _unpacked(model: Decoder) -> Decoder:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, plain)
     return model
-
-
-def _score(model: Decoder, reader: Tokenizer, name: str, samples: Sequence[Sample]) -> float:
-    """Mean score of greedy answers, up to the end of their line."""
-    task, newline = testbed.tasks.task(name), reader.encode("\n", add_special_tokens=False).ids[-1:]
-    prompts = [encoding.ids for encoding in reader.encode_batch([sample.prompt for sample in samples])]
-    device, scores = model.embedding.weight.device, []
-    for first in range(0, len(prompts), 8):
-        tokens, padding = pad(prompts[first : first + 8])
-        rows = generate(model, tokens.to(device), task.ANSWER_TOKENS, stop=newline, padding=padding.to(device))
-        said = [reader.decode(row).split("\n")[0] for row in rows.tolist()]
-        scores += [task.score(text, sample.answer) for text, sample in zip(said, samples[first:], strict=False)]
-    return statistics.fmean(scores)

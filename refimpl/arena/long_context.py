@@ -8,7 +8,11 @@ question after (`hidden`). `prefill`: whether the prompt is read at once, so tha
 does so only after the whole is read, or in chunks of `CHUNK`, each of which sees what was left of those before.
 
 A method's settings are its own, but for one: `compression` stands for the `budget` that is so many times below what was read
-(`tokens_to_keep`), sample by sample, so that all methods that drop tokens have the same.
+(`tokens_to_keep`), sample by sample, so that all methods that drop tokens have the same. The figure `compression` counts
+bytes, and so is less than the setting where a cache holds more than its budget of tokens: room to append, scores.
+
+Methods join by `cache(config)`, or, where they shorten the prompt instead, by `compressor(tokenizer, model)`: then the full cache
+holds what they leave of the text, with the question as many tokens as a cache of the same setting would.
 """
 
 import statistics
@@ -25,7 +29,6 @@ from refimpl.arena.protocol import Conditions, Metric, clock
 from refimpl.inference.kv_cache.protocol import tokens_to_keep
 from refimpl.model.cache import Cache, FullCache
 from refimpl.model.config import Config
-from refimpl.model.load import load, tokenizer
 from refimpl.model.model import Decoder
 from refimpl.testbed.sample import Sample
 
@@ -79,10 +82,7 @@ class Answer:
 
 def substrate(conditions: Conditions) -> Substrate:
     """The model and the samples of the cell's task."""
-    if conditions.model is None:
-        model, encoder = testbed.load(conditions.device, torch.bfloat16)
-    else:
-        model, encoder = load(conditions.model, torch.bfloat16, conditions.device), tokenizer(conditions.model)
+    model, encoder = testbed.subject(conditions.model, conditions.device, torch.bfloat16)
     name = conditions.axes["task"]
     task = testbed.tasks.task(name)
     count = QUICK_SAMPLES if conditions.quick else SAMPLES
@@ -96,13 +96,30 @@ def baseline(conditions: Conditions) -> dict[str, float]:
 
 
 def measure(implementation: Any, settings: dict[str, Any], conditions: Conditions) -> dict[str, float]:
-    """The cache of `implementation(**settings)`, made anew for each sample.
+    """The cache of `implementation(**settings)`, made anew for each sample; or a full cache of the prompt that it shortens.
 
     Raises:
-        TypeError: the method makes no cache.
+        TypeError: the method neither makes a cache nor shortens prompts.
     """
+    if callable(getattr(implementation, "compressor", None)):
+        own = dict(settings)
+        times = own.pop("compression")
+        given = substrate(conditions)
+        compressor = implementation(**own).compressor(given.tokenizer, given.model)
+
+        def shorten(sample: Sample, question: int) -> list[int]:
+            n = len(given.tokenizer.encode(sample.context, add_special_tokens=False).ids)
+            budget = max(1, tokens_to_keep(n + question, times, LEAST) - question)
+            said = sample.question if conditions.axes["question"] == "seen" else ""
+            kept: list[int] = compressor.compress([sample.context], [budget], [said])[0].ids.tolist()
+            return [*given.tokenizer.encode("").ids, *kept]
+
+        return figures(given, lambda config, _: FullCache(config.sliding_window), conditions, shorten)
     if not callable(getattr(implementation, "cache", None)):
-        raise TypeError(f"{implementation.__name__} has no `cache(config)`, through which methods join this arena")
+        raise TypeError(
+            f"{implementation.__name__} has neither `cache(config)` nor `compressor(tokenizer, model)`, "
+            "through which methods join this arena"
+        )
 
     def cache(config: Config, read: int) -> Cache:
         own = dict(settings)
@@ -114,15 +131,21 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
     return figures(substrate(conditions), cache, conditions)
 
 
-def figures(given: Substrate, cache: Callable[[Config, int], Cache], conditions: Conditions) -> dict[str, float]:
+def figures(
+    given: Substrate,
+    cache: Callable[[Config, int], Cache],
+    conditions: Conditions,
+    shorten: Callable[[Sample, int], list[int]] | None = None,
+) -> dict[str, float]:
     """Answer every sample, and average.
 
     Args:
         given: model and samples.
         cache: makes an empty cache, from the model's shape and the tokens that will be read when it compresses.
         conditions: the cell's.
+        shorten: the context's tokens that are read, given how many tokens of question are read with them; None reads all.
     """
-    answers = [answer(given, sample, cache, conditions) for sample in given.samples]
+    answers = [answer(given, sample, cache, conditions, shorten) for sample in given.samples]
     config = given.model.config
     token_bytes = (
         2 * config.n_layers * config.n_kv_heads * config.head_dim * given.model.embedding.weight.element_size()
@@ -138,15 +161,25 @@ def figures(given: Substrate, cache: Callable[[Config, int], Cache], conditions:
 
 
 @torch.no_grad()
-def answer(given: Substrate, sample: Sample, cache: Callable[[Config, int], Cache], conditions: Conditions) -> Answer:
+def answer(
+    given: Substrate,
+    sample: Sample,
+    cache: Callable[[Config, int], Cache],
+    conditions: Conditions,
+    shorten: Callable[[Sample, int], list[int]] | None = None,
+) -> Answer:
     """Read a sample's prompt, compress, and decode the answer greedily."""
     device, axes = conditions.device, conditions.axes
     context = given.tokenizer.encode(sample.context).ids
     question = given.tokenizer.encode(sample.question, add_special_tokens=False).ids
-    first, after = (context + question, []) if axes["question"] == "seen" else (context, question)
+    seen = axes["question"] == "seen"
+    whole = len(context) + len(question) * seen
+    start = clock(device)
+    if shorten is not None:
+        context = shorten(sample, len(question) * seen)
+    first, after = (context + question, []) if seen else (context, question)
     chunk = CHUNK if axes["prefill"] == "chunks" else len(first)
     memory = cache(given.model.config, len(first))
-    start = clock(device)
     hidden = _read(given.model, first, memory, chunk)
     memory.compress_prefill()
     prompt_bytes = memory.nbytes
@@ -160,7 +193,7 @@ def answer(given: Substrate, sample: Sample, cache: Callable[[Config, int], Cach
         said.append(int(given.model.logits(hidden[0, -1]).argmax()))
     seconds = clock(device) - began
     text = given.tokenizer.decode(said).split("\n")[0]
-    return Answer(text, len(first), prompt_bytes, memory.nbytes, began - start, seconds, len(said) - 1)
+    return Answer(text, whole, prompt_bytes, memory.nbytes, began - start, seconds, len(said) - 1)
 
 
 def _read(model: Decoder, tokens: Sequence[int], cache: Cache, chunk: int) -> Tensor:

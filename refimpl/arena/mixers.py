@@ -3,8 +3,9 @@ r"""Sequence mixers trained on associative recall: what do they remember, in how
 Multi-query associative recall (Zoology, arXiv 2312.04927, Section 3): a text states pairs of a key and a value, then asks for
 every key in random order; right is the likeliest value at the key. Keys and values are drawn anew for each text from 16 of
 each kind. A model has two layers of one mixer and width 32, and no feed-forward; as all models of that paper have a short
-convolution, the input of a position here holds the token before it too. Each is trained from the seed at two learning rates (in
-the quick form at one), and the better one on held-out texts counts.
+convolution, the input of a position here holds the token before it too. All train from the seed at one learning rate on
+the same number of tokens, which is fewer texts where these are longer. A mixer may stay for long at what it would have if it
+knew the values of a text but not their keys, a third of 4 pairs, and leave it late: the curve shows it.
 """
 
 import statistics
@@ -23,8 +24,7 @@ from refimpl.model.train import train
 
 WIDTH, LAYERS = 32, 2
 KEYS = VALUES = 16
-BATCH, STEPS, QUICK_STEPS = 64, 300, 80
-RATES = (1e-2, 3e-3)
+BATCH, STEPS, QUICK_STEPS, RATE = 32, 1500, 80, 5e-3  # steps with 4 pairs; fewer with more
 TEXTS = 512  # held-out
 LENGTH = 1024  # positions at which bytes and seconds are measured
 
@@ -72,18 +72,14 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
 
 
 def figures(method: SequenceMixer, conditions: Conditions) -> dict[str, float]:
-    """Train at each learning rate and measure the better model; adds the curve `accuracy over tokens`."""
+    """Train a model and measure it; adds the curve `accuracy over tokens`."""
     takes_no_model(conditions)
     pairs = int(conditions.axes["pairs"])
     seed, held_out = (int(torch.randint(2**31, (), generator=conditions.generator)) for _ in range(2))
     test = texts(TEXTS, pairs, torch.Generator().manual_seed(held_out)).to(conditions.device)
-    runs = []
-    for rate in RATES[:1] if conditions.quick else RATES:
-        model, curve = trained(method, pairs, rate, seed, conditions)
-        runs.append((accuracy(model, test, pairs), -rate, model, curve))
-    best, _, model, conditions.curves["accuracy over tokens"] = max(runs, key=lambda run: run[:2])
+    model, conditions.curves["accuracy over tokens"] = trained(method, pairs, seed, conditions)
     return {
-        "accuracy": best,
+        "accuracy": accuracy(model, test, pairs),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **costs(model.model.eval(), conditions),
     }
@@ -99,12 +95,12 @@ def texts(n: int, pairs: int, generator: torch.Generator) -> Tensor:
 
 
 def trained(
-    method: SequenceMixer, pairs: int, rate: float, seed: int, conditions: Conditions
+    method: SequenceMixer, pairs: int, seed: int, conditions: Conditions
 ) -> tuple[Recaller, list[tuple[float, float]]]:
     """A model, and its accuracy over the tokens that it was trained on, in tenths of the training."""
     generator = torch.Generator().manual_seed(seed)
     model = Recaller(method, generator).to(conditions.device)
-    steps, hits = QUICK_STEPS if conditions.quick else STEPS, []
+    steps, hits = max(1, (QUICK_STEPS if conditions.quick else STEPS) * 4 // pairs), []
 
     def batches() -> Iterator[Tensor]:
         while True:
@@ -115,7 +111,7 @@ def trained(
         hits.append((logits.argmax(dim=-1) == batch[:, 3 * pairs :]).float().mean().item())
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 3 * pairs :].flatten())
 
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
     train(model, optimizer, batches(), steps, loss=loss, schedule=lambda done: min(1.0, 10 * done + 0.1) * (1 - done))
     tenth = max(1, steps // 10)
     ends = range(tenth, steps + 1, tenth)

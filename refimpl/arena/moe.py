@@ -13,12 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refimpl.architecture.moe.protocol import (
-    MixtureOfExperts,
-    mixtures,
-    replace_feed_forward,
-    take_auxiliary_loss,
-)
+from refimpl.architecture.moe.decoder import mixtures, replace_feed_forward, take_auxiliary_loss
+from refimpl.architecture.moe.protocol import MixtureOfExperts
 from refimpl.arena.protocol import Conditions, Metric, clock, takes_no_model
 from refimpl.model.config import Config
 from refimpl.model.model import Decoder, initialize_

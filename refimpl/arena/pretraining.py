@@ -29,7 +29,7 @@ CONFIG = Config(
     vocabulary=2048, d_model=96, n_layers=3, n_heads=3, n_kv_heads=3, head_dim=32, d_ff=256, tied_embeddings=True
 )
 BATCH, LENGTH = 8, 64
-STEPS, QUICK_STEPS, EVALUATIONS = 400, 30, 10
+STEPS, QUICK_STEPS, EVALUATIONS = 400, 10, 10
 WARM_UP = 0.05  # share of the steps
 SMALL_SHARE = 0.25  # share of the steps that a model which is grown spends small
 LR, WEIGHT_DECAY = 3e-3, 0.1  # of the baseline, and of methods that set none
@@ -196,10 +196,8 @@ def figures(parts: Mapping[str, Any], conditions: Conditions) -> dict[str, float
     """Train with these parts and measure; the clock's length is the baseline's speed here times the steps."""
     if conditions.model is not None:
         raise ValueError(f"--model {conditions.model}: this arena trains a model of its own; leave the option out")
-    steps, seed = (
-        QUICK_STEPS if conditions.quick else STEPS,
-        int(torch.randint(2**31, (), generator=conditions.generator)),
-    )
+    steps = QUICK_STEPS if conditions.quick else STEPS
+    seed = int(torch.randint(2**31, (), generator=conditions.generator))
     text, held_out = corpus(steps)
     run = partial(Run, text=text, held_out=held_out.to(conditions.device), seed=seed, device=conditions.device)
     speed = statistics.median(run(PARTS, steps=6).go().step_seconds[1:])

@@ -24,7 +24,11 @@ from refimpl.data.selection.protocol import RandomSelection, Selection
 WORDS = 128  # of a piece, at least
 PIECES, QUICK_PIECES = 120, 60  # of each source
 SAMPLE = 40  # pieces of the target, and as many to measure on
-FROM_ONE = 8  # pieces of one document at most, so that no few documents stand for their kind
+FROM_ONE = {
+    "code": 2,
+    "prose": 8,
+    "tasks": 8,
+}  # pieces of one document at most: few stand for their kind; prose has few
 TASKS = ("single_doc_qa", "few_shot", "retrieval")
 BUCKETS = 10_000
 MIX = (0.6, 0.3, 0.1)  # weights of bigrams, of single words, of chance
@@ -33,7 +37,7 @@ ABOUT = (
     "A raw corpus of code, documentation, task texts and noise in equal parts, and a small sample of one of them: a quarter is "
     "kept; how much is of the sample's kind, how near it is in n-grams, and how well a count model learns the kind from it."
 )
-VERSION = 1
+VERSION = 2
 METRICS = (
     Metric("precision", "share of what is kept that is of the target's source", "higher"),
     Metric("kl_reduction", "nats of divergence from the target that the raw corpus has more", "higher"),
@@ -84,7 +88,7 @@ def figures(method: Selection, conditions: Conditions) -> dict[str, float]:
 
 
 def bucket_shares(texts: Sequence[str]) -> Tensor:
-    """Shares of hashed n-grams, one added to each count: at this size most buckets are empty, and would be all that counts."""
+    """Shares of hashed n-grams, one added to each count, as the paper does not: here empty buckets would decide alone."""
     return shares(hashed(texts, 2, BUCKETS), BUCKETS, smoothing=1.0)
 
 
@@ -92,8 +96,8 @@ def substrate(kind: str, generator: torch.Generator, n: int) -> Substrate:
     """Draw n pieces of each source, and the target's sample and held-out pieces, no document serving two of these."""
     draw = random.Random(int(torch.randint(2**31, (), generator=generator)))
     found = {name: _pieces(name, generator, draw) for name in ("code", "prose", "tasks")}
-    target, held_out = (_take(found[kind], SAMPLE) for _ in range(2))
-    raw = {name: _take(pieces, n) for name, pieces in found.items()}
+    target, held_out = (_take(found[kind], SAMPLE, FROM_ONE[kind]) for _ in range(2))
+    raw = {name: _take(pieces, n, FROM_ONE[name]) for name, pieces in found.items()}
     pool = [word for pieces in raw.values() for piece in pieces for word in piece.split()]
     raw["noise"] = [" ".join(draw.choices(pool, k=WORDS)) for _ in range(n)]
     mixed = [(piece, name) for name, pieces in raw.items() for piece in pieces]
@@ -101,11 +105,11 @@ def substrate(kind: str, generator: torch.Generator, n: int) -> Substrate:
     return Substrate([piece for piece, _ in mixed], [name for _, name in mixed], target, held_out)
 
 
-def _take(documents: Iterator[list[str]], n: int) -> list[str]:
-    """Pieces, n of as many documents as that takes, `FROM_ONE` of each; other pieces of these documents are lost."""
+def _take(documents: Iterator[list[str]], n: int, from_one: int) -> list[str]:
+    """Pieces, n of as many documents as that takes, `from_one` of each; other pieces of these documents are lost."""
     taken: list[str] = []
     for pieces in documents:
-        taken += pieces[:FROM_ONE]
+        taken += pieces[:from_one]
         if len(taken) >= n:
             return taken[:n]
     raise ValueError(f"the source has {len(taken)} pieces left, of {n} that are needed")

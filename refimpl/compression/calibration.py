@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from refimpl.compression.blocks import block_lists
@@ -122,10 +121,10 @@ def _record(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any
     recorder = _Recorder(largest)
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            _until(hooks, layer.register_forward_pre_hook(_watch(recorder.layer, name), with_kwargs=True))
+            hooks.enter_context(layer.register_forward_pre_hook(_watch(recorder.layer, name), with_kwargs=True))
         for place, block in enumerate(lists.get(largest, [])):
-            _until(hooks, block.register_forward_pre_hook(_watch(recorder.enter, place), with_kwargs=True))
-            _until(hooks, block.register_forward_hook(lambda _module, _args, output: recorder.leave(output)))
+            hooks.enter_context(block.register_forward_pre_hook(_watch(recorder.enter, place), with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(lambda _module, _args, output: recorder.leave(output)))
         for i, batch in enumerate(batches):
             recorder.at, recorder.last = 0, None
             call(model, batch, i)
@@ -167,13 +166,12 @@ class _Replay:
                 self.outputs = [self._run(i, self.finished) for i in range(len(self.batches))]
                 self.finished += 1
         layer = self.model.get_submodule(name)
-        handle = layer.register_forward_pre_hook(
-            lambda _, args, kwargs: rows.append(
-                _first(args, kwargs).detach().reshape(-1, _width(args, kwargs)).clone()
-            ),
-            with_kwargs=True,
-        )
-        with handle:
+
+        def record(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensor = _first(args, kwargs).detach()
+            rows.append(tensor.reshape(-1, tensor.shape[-1]).clone())
+
+        with layer.register_forward_pre_hook(record, with_kwargs=True):
             for i in range(len(self.batches)):
                 self._run(i, place)
         return torch.cat(rows)
@@ -211,10 +209,6 @@ def _substitute(stack: ExitStack, block: nn.Module, forward: Callable[..., Any])
     own["forward"] = forward
 
 
-def _until(stack: ExitStack, handle: RemovableHandle) -> None:
-    stack.enter_context(handle)
-
-
 def _watch(note: Callable[[Any, Any, Any], None], what: Any) -> Callable[[nn.Module, Any, Any], None]:
     """A hook before a forward that calls `note(what, args, kwargs)`."""
     return lambda _module, args, kwargs: note(what, args, kwargs)
@@ -224,10 +218,6 @@ def _first(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """The first tensor of a call, or of what a block returned."""
     values = [args] if isinstance(args, Tensor) else [*(args or ()), *kwargs.values()]
     return next(value for value in values if isinstance(value, Tensor))
-
-
-def _width(args: Any, kwargs: Mapping[str, Any]) -> int:
-    return _first(args, kwargs).shape[-1]
 
 
 def _copy(output: Any) -> Any:

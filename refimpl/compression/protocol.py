@@ -8,8 +8,8 @@ Glossary
     calibration a list of batches, each a tensor or a dict of keyword arguments that the model is called with
 
 A *layer method* is a configuration that is called on a layer, `Method(**config)(weight, inputs) -> CompressedWeight`; one
-that needs no data ignores `inputs`. `compress` drives it over a model. A *model method* is called on the whole model,
-`Method(**config)(model, calibration) -> model`. `apply` runs either.
+that needs no data ignores `inputs` and says so by `needs_inputs = False`. `compress` drives it over a model. A *model
+method* is called on the whole model, `Method(**config)(model, calibration) -> model`. `apply` runs either.
 
 Invariants, run for every method by `tests/compression/test_protocol.py`. Of a layer: weight and inputs are not written; the
 same call gives the same result; `dense()` has the weight's shape and dtype; `multiply` is the product with it; `nbytes` is
@@ -29,7 +29,7 @@ Examples:
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
@@ -148,7 +148,8 @@ def compress(
     Args:
         model: any module; left unchanged.
         method: applied to each `torch.nn.Linear`, and to transformers' `Conv1D`.
-        calibration: batches, each a tensor or a dict of keyword arguments that the model is called with.
+        calibration: batches, each a tensor or a dict of keyword arguments that the model is called with; it is not
+            called for a method that says `needs_inputs = False`.
         target: patterns of the whole names of layers to compress, as in a shell.
         skip: patterns of those to leave.
         done: called with each layer's name when it is finished.
@@ -166,7 +167,8 @@ def compress(
     batches = batches_of(calibration)
     model = copy.deepcopy(model).eval()
     layers = _matching(model, target, skip)
-    groups = inputs_by_group(model, layers, batches) if batches else (([name], None) for name in layers)
+    wanted = batches and getattr(method, "needs_inputs", True)
+    groups = inputs_by_group(model, layers, batches) if wanted else (([name], None) for name in layers)
     for names, inputs in groups:
         for name in names:
             layer = layers[name]
@@ -185,7 +187,8 @@ def _matching(model: nn.Module, target: Sequence[str], skip: Sequence[str]) -> d
     found = {
         name
         for name in layers.keys() | compressed
-        if any(fnmatch(name, pattern) for pattern in target) and not any(fnmatch(name, pattern) for pattern in skip)
+        if any(fnmatchcase(name, pattern) for pattern in target)
+        and not any(fnmatchcase(name, pattern) for pattern in skip)
     }
     if found & compressed:
         raise ValueError(

@@ -31,10 +31,12 @@ a batch equals its rows one by one; the same generator gives the same result; a 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Protocol, TypeGuard, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from refimpl.model.linear import is_linear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -78,27 +80,6 @@ class AdaptedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base's bias."""
         return self.base.bias
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer keeps its weight as `[in, out]`; known by its name, so that transformers is not needed."""
-    return type(module).__name__ == "Conv1D"
-
-
-def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear layer: a `torch.nn.Linear`, or a `Conv1D`, which differs in its weight's layout."""
-    return isinstance(module, nn.Linear) or (module is not None and is_transposed(module))
-
-
-def sizes(layer: nn.Linear) -> tuple[int, int]:
-    """A layer's outputs and inputs.
-
-    Examples:
-        >>> sizes(nn.Linear(5, 7))
-        (7, 5)
-    """
-    rows, columns = layer.weight.shape
-    return (columns, rows) if is_transposed(layer) else (rows, columns)
 
 
 def adapt(model: M, target: Sequence[str], wrap: Callable[[str, nn.Linear], AdaptedLinear]) -> M:

@@ -38,9 +38,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     _check(codes, bits)
     eights = torch.unflatten(F.pad(codes, (0, -codes.shape[-1] % 8)), -1, (-1, 8))
-    if bits in WORDS:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-        return (torch.unflatten(eights, -1, (bits, -1)) << shifts).sum(dim=-1, dtype=torch.uint8).flatten(-2)
+    if bits in WORDS:  # no code spills: a byte's codes, each at its place
+        groups = torch.unflatten(eights, -1, (bits, -1))
+        packed = groups[..., 0].clone()
+        for i in range(1, 8 // bits):
+            packed |= groups[..., i] << i * bits
+        return packed.flatten(-2)
     packed = eights.new_zeros(*eights.shape[:-1], bits)
     for i in range(8):
         byte, shift = divmod(i * bits, 8)

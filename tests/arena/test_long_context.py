@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from refimpl import testbed
 from refimpl.arena import long_context as arena
 from refimpl.arena.protocol import Conditions
 from refimpl.inference.kv_cache.dropped.streaming_llm import StreamingLLM
+from refimpl.inference.kv_cache.protocol import tokens_to_keep
 from refimpl.inference.kv_cache.quantized.kivi import KIVI
 from refimpl.model.cache import FullCache
 from refimpl.model.config import Config
@@ -26,7 +28,13 @@ TOKEN_BYTES = 2 * 2 * 32 * 2
 def tiny(monkeypatch):
     """A random model in the testbed's place, texts of 300 tokens, answers of 8."""
     model = initialize_(Decoder(CONFIG), torch.Generator().manual_seed(0), std=0.3).bfloat16().requires_grad_(False)
-    monkeypatch.setattr(testbed, "load", lambda device, dtype: (copy.deepcopy(model).to(device, dtype), tokenizer()))
+    real_subject = testbed.subject
+
+    def subject(path, device, dtype):
+        own = testbed.Subject(copy.deepcopy(model).to(device, dtype), tokenizer())
+        return own if path is None else real_subject(path, device, dtype)
+
+    monkeypatch.setattr(testbed, "subject", subject)
     monkeypatch.setattr(arena, "LENGTH", 300)
     monkeypatch.setattr(arena, "CHUNK", 60)
     real = arena.substrate
@@ -158,6 +166,36 @@ def test_a_model_of_the_users(tiny, tmp_path):
     assert exact(arena.baseline(now)) == exact(arena.baseline(conditions()))
 
 
-def test_a_method_without_a_cache_is_refused():
-    with pytest.raises(TypeError, match=r"dict has no `cache\(config\)`"):
+class Last:
+    """A prompt compressor that keeps the text's end."""
+
+    def compressor(self, reader, model):
+        return self
+
+    def compress(self, texts, budgets, questions):
+        ids = [
+            torch.tensor(tokenizer().encode(text).ids[-budget:]) for text, budget in zip(texts, budgets, strict=True)
+        ]
+        return [SimpleNamespace(ids=kept) for kept in ids]
+
+
+@pytest.mark.parametrize("question", ["seen", "hidden"])
+def test_a_prompt_compressor_reads_what_a_cache_of_the_same_budget_holds(question):
+    """Oracle: what is read, by hand: the text's last tokens, so that with the question there are so many times fewer."""
+    given = arena.substrate(conditions(question=question))
+    figures = arena.measure(Last, {"compression": 4}, conditions(question=question))
+    context, prompt = lengths(given)
+    read = prompt if question == "seen" else context
+    budgets = [tokens_to_keep(n, 4, arena.LEAST) for n in read]
+    assert figures["prompt_bytes"] == sum(budgets) / len(budgets) * TOKEN_BYTES
+    assert figures["compression"] == pytest.approx(sum(read) / sum(budgets))
+
+
+def test_a_prompt_compressor_that_keeps_all_answers_as_the_full_cache():
+    full = exact(arena.baseline(conditions()))
+    assert exact(arena.measure(Last, {"compression": 1}, conditions())) == full
+
+
+def test_a_method_of_neither_kind_is_refused():
+    with pytest.raises(TypeError, match=r"dict has neither `cache\(config\)` nor `compressor\(tokenizer, model\)`"):
         arena.measure(dict, {}, conditions())

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from refimpl.architecture.moe.decoder import FeedForward
 from refimpl.architecture.moe.models.switch import Switch
-from refimpl.architecture.moe.protocol import FeedForward
 from refimpl.arena import moe as arena
 from refimpl.arena.protocol import Conditions
 

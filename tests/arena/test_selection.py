@@ -19,9 +19,10 @@ def seeded(seed=4):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few pieces."""
+    """Few pieces, of as many documents: of fewer, a sample of ten would be no sample of its kind."""
     monkeypatch.setattr(arena, "QUICK_PIECES", N)
     monkeypatch.setattr(arena, "SAMPLE", 10)
+    monkeypatch.setattr(arena, "FROM_ONE", {"code": 1, "prose": 1, "tasks": 8})
 
 
 def conditions(target="prose"):

@@ -333,6 +333,22 @@ def test_a_layer_that_the_data_never_reaches_is_refused():
         compress(Idle(), lambda weight, inputs: Halved(weight), [torch.ones(2, 2)])
 
 
+@pytest.mark.parametrize("entry", METHODS, ids=lambda m: m.id)
+def test_the_model_is_run_for_methods_that_need_data_only(entry, tokens, logits):
+    """Oracle: the facet `calibration`; runs of the model are counted."""
+    from tests.compression.conftest import decoder
+
+    model, method, runs = decoder(), entry.load()(), []
+    Counting = type(
+        "Counting",
+        (type(model),),
+        {"forward": lambda self, *args: runs.append(0) or super(Counting, self).forward(*args)},
+    )
+    model.__class__ = Counting
+    apply(method, model, [tokens])
+    assert bool(runs) == entry.facets.calibration
+
+
 def test_integers_and_what_holds_them_are_refused():
     model = nn.Sequential(nn.Linear(3, 2))
     model[0].weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.int8), requires_grad=False)

@@ -169,6 +169,18 @@ def test_a_method_that_runs_shows_claims_results_and_oracles(tree, tmp_path):
     assert (tmp_path / "results/weights.csv").read_text().count("\n") == 5
 
 
+def test_a_peer_stands_on_its_methods_page_and_on_that_of_all_peers(tree, tmp_path):
+    """Oracle: a stored document made up here."""
+    row = {"method": "rtn", "peer": "torchao", "version": "9.8", "what": "4 bits", "difference": 0.0, "seconds": 0.5}
+    stored = {"environment": {"torch": "9.9"}, "peers": [row | {"time": 0.75, "memory": 1.25}]}
+    write(tree, tmp_path, {"peers": stored})
+    shown = "torchao 9.8 | 4 bits | 0 |"
+    whole = (tmp_path / "results/peers.md").read_text()
+    assert shown in whole and "0.5 | 0.75× | 1.25×" in whole and "9.9" in whole
+    assert f"{shown} 0.75× | 1.25×" in (tmp_path / "survey/compression/quantization/weight_only/rtn.md").read_text()
+    assert "Beside" not in (tmp_path / "survey/finetuning/peft/lora/lora.md").read_text()
+
+
 def test_an_arenas_page_has_a_table_a_metric_plots_curves_and_data(tree, tmp_path):
     """Oracle: a stored document made up here, with two axes, three seeds, a curve and a row of another environment."""
     rows = [

@@ -1,6 +1,6 @@
 r"""A language model of sequence mixers: embedding, blocks of norm, mixer and residual, norm, output layer.
 
-Source: `mamba` (arXiv 2312.00752), Section 3.4 and Appendix C: one kind of block and no separate feed-forward; official code
+Source: `mamba` (arXiv 2312.00752), Section 3.4 and Figure 3: one kind of block and no separate feed-forward; official code
 state-spaces/mamba@60dadf2e0ee730ac337035d5533de10bc26e4847, mamba_ssm/models/mixer_seq_simple.py.
 
 Differs from the paper: none; sums of the residual stream are float32 at least, as the official code's default has it.

@@ -1,8 +1,8 @@
 r"""Truncated SVD: a weight as the product of two thin factors, the nearest there is of that rank.
 
-Source: `svd-restructuring`, Section 3 (one linear layer becomes two); `eckart-young` for the optimum; the rank of a ratio as in
-`svd-llm`'s official code, AIoT-MLSys-Lab/SVD-LLM@0e3166628f9a8a16c47daa9dfe2e099c787ecea5, SVDLLM.py, where it is also the
-baseline.
+Source: `svd-restructuring` (one linear layer becomes two); `eckart-young` for the optimum; the rank of a ratio as in
+`svd-llm` (arXiv 2403.07378), Section 4.2, which has this method as a baseline, and its official code,
+AIoT-MLSys-Lab/SVD-LLM@0e3166628f9a8a16c47daa9dfe2e099c787ecea5, SVDLLM.py.
 
 Differs from the paper: singular values are split evenly over both factors (the paper gives all of them to the second), which
 changes no product. No retraining follows.
@@ -11,6 +11,7 @@ Not here: weighting by data or by gradients (`asvd`, `svd_llm`, `fwsvd`); a rank
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class SVD:
         >>> small.dense().abs().tolist(), small.nbytes, weight.nbytes
         ([[9.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], 24, 32)
     """
+
+    needs_inputs: ClassVar[bool] = False
 
     ratio: float = 0.2
     rank: int | None = None

@@ -1,58 +1,22 @@
-"""Integers of 1 to 8 bits, stored in that many bits, and the weight that is made of them.
-
-Eight codes fill `bits` whole bytes, whatever `bits` is: code i of the eight begins at bit `i * bits`, and spills into the
-next byte where it does not fit into this one.
-"""
+"""A weight as packed integer codes with a scale, and where needed a zero point, for each group."""
 
 import torch
 from torch import Tensor
 
 from refimpl.compression.protocol import CompressedWeight
 from refimpl.compression.quantization.affine import Granularity, dequantize, from_groups, to_groups
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Flat bytes that hold the codes, `ceil(n / 8) * bits` of them.
-
-    Examples:
-        >>> pack(torch.tensor([1, 2, 3, 0, 1, 2, 3, 0], dtype=torch.uint8), 2).tolist()
-        [57, 57]
-    """
-    flat = codes.flatten().to(torch.uint8)
-    eights = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    packed = eights.new_zeros(len(eights), bits)
-    for i in range(8):
-        byte, shift = divmod(i * bits, 8)
-        packed[:, byte] |= eights[:, i] << shift
-        if shift + bits > 8:
-            packed[:, byte + 1] |= eights[:, i] >> (8 - shift)
-    return packed.flatten()
-
-
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes, uint8.
-
-    Examples:
-        >>> unpack(torch.tensor([57, 57], dtype=torch.uint8), 2, 6).tolist()
-        [1, 2, 3, 0, 1, 2]
-    """
-    words = packed.view(-1, bits)
-    codes = packed.new_empty(len(words), 8)
-    for i in range(8):
-        byte, shift = divmod(i * bits, 8)
-        codes[:, i] = words[:, byte] >> shift
-        if shift + bits > 8:
-            codes[:, i] |= words[:, byte + 1] << (8 - shift)
-    return codes.bitwise_and_(2**bits - 1).flatten()[:count]
+from refimpl.model.bits import pack, unpack
 
 
 class QuantizedWeight(CompressedWeight):
     """Packed codes with a scale, and where the grid is not symmetric a packed zero point, for each group.
 
+    Codes of all channels lie one after the other, without padding between channels.
+
     Args:
         codes: `[groups, size]`, uint8, as `affine.quantize` gives them for the groups of `affine.to_groups`.
         scale: `[groups]`.
-        zero: `[groups]`; None for a symmetric grid, whose zero point is the middle.
+        zero: `[groups]`, integers below `2^bits`; None for a symmetric grid, whose zero point is the middle.
         bits: 1 to 8.
         granularity: how the weight was cut into groups.
         shape: `(out, in)` of the weight.
@@ -77,9 +41,9 @@ class QuantizedWeight(CompressedWeight):
         super().__init__()
         self.bits, self.granularity, self.shape, self.dtype = bits, granularity, shape, dtype
         self.group_size = codes.shape[1]
-        self.register_buffer("codes", pack(from_groups(codes, shape), bits))
+        self.register_buffer("codes", pack(from_groups(codes, shape).flatten(), bits))
         self.register_buffer("scale", scale)
-        self.register_buffer("zero", None if zero is None else pack(zero, bits))
+        self.register_buffer("zero", None if zero is None else pack(zero.to(torch.uint8), bits))
 
     def dense(self) -> Tensor:
         r"""$\hat W = (Q - Z) s$, `[out, in]`."""

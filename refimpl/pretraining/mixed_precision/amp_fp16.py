@@ -86,9 +86,7 @@ class ScaledLoss(CopiedWeights):
     def __init__(self, model: nn.Module, config: AmpFP16) -> None:
         super().__init__(model, torch.float16)
         self.config, self.scale, self.clean_steps = config, config.init_scale, 0
-        self.finite: list[
-            Tensor
-        ] = []  # of the gradients since the last update; read there, to wait for the device once
+        self.finite: list[Tensor] = []  # flags of each backward pass since the last update, which alone waits for them
 
     def add_gradients(self, masters: list[nn.Parameter], narrow: list[Tensor]) -> list[Tensor]:
         """As in `CopiedWeights`, and note whether all are finite."""

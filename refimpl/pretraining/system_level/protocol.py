@@ -9,7 +9,7 @@ Glossary
     held         bytes on this rank: parameters, gradients, optimizer states, each in its own count
 
 A method is a configuration; calling it on every rank with the same model gives this rank's run. Programs are started by
-`refimpl.distributed.launch` or by torchrun (`with joined() as group:`).
+`refimpl.processes.launch` or by torchrun (`with joined() as group:`).
 
 Examples:
     >>> from functools import partial

@@ -101,7 +101,7 @@ class Unit:
         """Update this rank's shard by the summed gradient, and forget it; a parameter that nothing reached stays."""
         assert self.gradient is not None
         for parameter, piece, place in self.pieces:
-            piece.grad = self.gradient[place].to(piece.dtype) if True else None
+            piece.grad = self.gradient[place].to(piece.dtype) if parameter in reached else None
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()

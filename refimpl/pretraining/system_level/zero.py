@@ -11,6 +11,8 @@ Differs from the paper: a shard is cut from each unit (bucket, or module) instea
 share. On gloo a reduce-scatter is a pairwise exchange and a sum (see `refimpl.distributed`), of the same volume. A weight is
 gathered in the backward pass where autograd asks for it; what autograd does not need (a bias, an embedding) is not, so that
 stage 3 sends a little less than $3\Psi$. The ranks also tell each other which parameters have a gradient, 8 bytes each.
+Stages 1 and 2 of the official code do not reduce-scatter: by default they all-reduce whole buckets and keep a part
+(`use_multi_rank_bucket_allreduce`), which with the gathering of parameters moves $3\Psi$; this follows the paper.
 
 Not here: offloading, prefetching, clipping, loss scaling, buffers of the model, reentrant checkpointing, and ZeRO-R
 (partitioned activations, constant buffers, defragmentation). In stage 3 all ranks must take the same way through the model.

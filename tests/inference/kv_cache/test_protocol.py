@@ -56,6 +56,20 @@ def test_with_room_for_all_it_is_the_full_cache(entry, kv_heads, sizes):
     assert_close(run(model, TOKENS, method.cache(model.config), sizes), model(TOKENS))
 
 
+@pytest.mark.parametrize("gaps", [(0, 0, 0), (0, 33, 95)])
+def test_sliding_window_layers(entry, gaps):
+    """Oracle: the model without a cache, whose first layer sees 8 tokens; the method has room for all."""
+    method = made(entry, LARGE)
+    if method == made(entry, {}):
+        pytest.skip("has neither budget nor residual")
+    model, padding = decoder(sliding_window=(8, None)), torch.tensor(gaps)
+    expected = model(TOKENS, padding=padding)
+    found = run(model, TOKENS, method.cache(model.config), [50, 40] + [1] * 30, padding)
+    for row, gap in enumerate(gaps):
+        assert_close(found[row, gap:], expected[row, gap:])
+    assert (expected - decoder()(TOKENS, padding=padding)).abs().max() > 0.1  # negative control
+
+
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_short_text_is_kept(entry, length):
     """Oracle: the model without a cache; a prompt below every budget, and three tokens more."""

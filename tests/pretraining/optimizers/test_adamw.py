@@ -167,38 +167,62 @@ def test_claim_decays_all_alike(claim, generator):
     assert large / small < 0.1
 
 
-def best_decays(rates, decays, generator, steps=300):
-    """For each rate, the log2 of the decay with the least error on new data: noisy regressions, a group for each pair."""
-    scale = torch.exp(1.5 * torch.randn(16, 1, 32, generator=generator))  # problem, sample, feature
-    x, new = (torch.randn(16, n, 32, generator=generator) * scale for n in (24, 256))
-    truth = torch.randn(16, 32, 1, generator=generator) / scale.mT / 4
-    y = x @ truth + torch.randn(16, 24, 1, generator=generator)
-    pairs = [(rate, decay) for rate in rates for decay in decays]
-    weights = torch.zeros(len(pairs), 16, 32, 1)
-    groups = [
-        {
-            "params": [nn.Parameter(w)],
-            "lr": rate,
-            "weight_decay": 2.0**decay / rate,
-        }  # the paper's decay, see the module
-        for w, (rate, decay) in zip(weights, pairs, strict=True)
-    ]
-    optimizer = AdamW(groups)
+RATES, DECAYS = (-9, -7, -5), range(-12, 4)  # their log2
+
+
+def best_decays(optimizer_of, generator, *, normalized=True, steps=300):
+    """For each rate the log2 of the decay with the least error on new data: 16 noisy regressions, a group for each pair.
+
+    Normalized, only the direction of the weights counts, as where a normalization follows a layer.
+
+    Args:
+        optimizer_of: makes an optimizer of a list of `(weights, rate, decay)`.
+    """
+    x, new = (torch.randn(16, n, 32, generator=generator) for n in (64, 256))
+    truth = nn.functional.normalize(torch.randn(16, 32, 1, generator=generator), dim=1)
+    y = x @ truth + torch.randn(16, 64, 1, generator=generator)
+    start = torch.randn(16, 32, 1, generator=generator) * normalized
+    pairs = [(2.0**rate, 2.0**decay) for rate in RATES for decay in DECAYS]
+    weights = start.repeat(len(pairs), 1, 1, 1).requires_grad_()
+    optimizer = optimizer_of([(nn.Parameter(w), *pair) for w, pair in zip(weights.detach(), pairs, strict=True)])
+
+    def used():
+        return nn.functional.normalize(weights, dim=2) if normalized else weights
+
     for step in range(steps):
-        rows = torch.randint(24, (16, 4), generator=generator)[..., None]
-        some, wanted = x.gather(1, rows.expand(-1, -1, 32)), y.gather(1, rows)
-        with torch.no_grad():
-            gradients = some.mT @ (some @ weights - wanted) / 4
+        rows = torch.randint(64, (16, 4), generator=generator)[..., None]
+        errors = x.gather(1, rows.expand(-1, -1, 32)) @ used() - y.gather(1, rows)
+        (gradients,) = torch.autograd.grad(errors.square().sum() / 8, weights)
         for group, (rate, _), g in zip(optimizer.param_groups, pairs, gradients, strict=True):
             group["params"][0].grad, group["lr"] = g, rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.step()
-    error = (new @ (weights - truth)).square().mean(dim=(2, 3)) / (new @ truth).square().mean(dim=(1, 2))
-    return [decays[i] for i in error.mean(dim=1).view(len(rates), len(decays)).argmin(dim=1).tolist()]
+    error = (new @ (used().detach() - truth)).square().mean(dim=(1, 2, 3)).nan_to_num(math.inf)
+    return [DECAYS[i] for i in error.view(len(RATES), len(DECAYS)).argmin(dim=1).tolist()]
+
+
+def decoupled(weights):
+    """AdamW with the paper's decay: see the module."""
+    return AdamW([{"params": [w], "lr": rate, "weight_decay": decay / rate} for w, rate, decay in weights])
+
+
+def penalized(weights):
+    """Adam with an L2 penalty."""
+    return torch.optim.Adam([{"params": [w], "lr": rate, "weight_decay": decay} for w, rate, decay in weights])
+
+
+def slope(best):
+    return (best[-1] - best[0]) / (RATES[-1] - RATES[0])
 
 
 def test_claim_separable(claim, generator):
-    """Slope of the best decay, in the paper's own form, over the learning rate, both as logarithms; 0 is independent."""
-    rates = [-9, -7, -5]
-    best = best_decays([2.0**rate for rate in rates], list(range(-13, 2)), generator)
-    assert min(best) > -13 and max(best) < 1  # inside the grid
-    claim("adamw", "separable", (best[-1] - best[0]) / (rates[-1] - rates[0]))
+    """Slope of the best decay over the learning rate, both as logarithms, where weights are normalized; 0 is independent."""
+    best = best_decays(decoupled, generator)
+    assert DECAYS[0] < min(best) and max(best) < DECAYS[-1]  # inside the grid
+    claim("adamw", "separable", slope(best))
+
+
+def test_an_l2_penalty_and_weights_that_are_not_normalized_couple_decay_and_rate():
+    """Oracle: Figure 2 of the paper, whose best settings lie on the diagonal for Adam with an L2 penalty. Without normalization
+    weights settle where step and decay balance, so that it is the decay over the rate that counts."""
+    assert slope(best_decays(penalized, torch.Generator().manual_seed(0))) > 0.5
+    assert slope(best_decays(decoupled, torch.Generator().manual_seed(0), normalized=False)) > 0.5

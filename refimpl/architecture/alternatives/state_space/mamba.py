@@ -3,11 +3,14 @@ r"""Mamba: a state-space layer whose step and maps follow from the token, so tha
 Source: `mamba` (arXiv 2312.00752), Algorithm 2, Eqs. (2a), (2b) and (4), Sections 3.3 to 3.6; official code
 state-spaces/mamba@52f57d66f8d6d02a73b1e38f5f3708eb8ccfa39c, mamba_ssm/modules/mamba_simple.py.
 
-Differs from the paper: $\bar B = \Delta B$, Euler's rule, as in the official code, where Eq. (4) holds both by zero-order
-hold; the scan is plain PyTorch (`selective_scan.py`) where the paper has one fused kernel. The decoder's state holds the
-convolution's three last inputs, where the official code holds four, and $h$ is float32 at least.
+Differs from the paper: $\bar B = \Delta B$, Euler's rule, where Eq. (4) has zero-order hold for both, and first steps that are
+uniform on a logarithmic scale, where Section 3.6 has them uniform: both as in the official code. The scan is plain PyTorch
+(`selective_scan.py`) where the paper has one fused kernel; for the gradient only its states are computed again, and not the
+convolution and the activations too (Appendix D). The decoder's state holds the convolution's three last inputs, where the
+official code holds four, and $h$ is float32 at least.
 
-Not here: biases of the projections in and out, complex $A$, gradients of gradients, left padding.
+Not here: biases of the projections in and out, complex $A$, the optional normalization inside the block (Section 3.4; the
+official code has none), gradients of gradients, left padding.
 """
 
 import math
@@ -36,7 +39,7 @@ class Mamba:
         d_conv: width of the causal convolution, in positions.
         expand: $E$, channels for one of the model's width.
         dt_rank: rank of the projection to $\Delta$; None is the width divided by 16, rounded up.
-        dt_min: least step $\Delta$ at the start, but for the projection's share.
+        dt_min: least step $\Delta$ at the start, without what the input adds.
         dt_max: largest.
 
     Examples:
@@ -160,7 +163,12 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
     given, tensors = read_checkpoint(
         path,
         "MambaForCausalLM",
-        plain={"hidden_act": ("silu", "swish"), "use_bias": (False,), "use_conv_bias": (True,)},
+        plain={
+            "hidden_act": ("silu", "swish"),
+            "use_bias": (False,),
+            "use_conv_bias": (True,),
+            "residual_in_fp32": (True,),
+        },
         renames={"backbone.embeddings.": "embedding.", "backbone.norm_f.": "norm.", "backbone.": ""},
     )
     rank = given.get("time_step_rank", "auto")

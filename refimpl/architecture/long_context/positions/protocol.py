@@ -93,7 +93,7 @@ class Positions:
         if own and len(own) != config.n_layers:
             raise ValueError(f"{len(own)} score biases must be one, or one for each of {config.n_layers} layers")
         first: Block = model.layers[0]  # type: ignore[assignment]
-        _put(model, "rotary", rotary or Rotation(torch.zeros(config.head_dim // 2)), device)  # none is one by 0
+        _put(model, "rotary", rotary or Rotation(torch.zeros(config.head_dim // 2)), device)  # none is a turn by 0
         _put(model, "score_bias", None if own else bias, device)
         _put(first, "position_embedding", embedding, device, _add_embedding)
         for i, layer in enumerate(model.layers):

@@ -91,7 +91,7 @@ def rope(x: Tensor, positions: Tensor, base: float = 10000.0, layout: Layout = "
 
 
 def frequencies(dim: int, base: float = 10000.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    r"""Radians a token by which pair i turns, $\theta_i = \mathrm{base}^{-2i/d}$, $i = 0, \dots, d/2 - 1$ (after Eq. 15).
+    r"""Radians a token by which pair i turns, $\theta_i = \mathrm{base}^{-2i/d}$, $i = 0, \dots, d/2 - 1$ (Eq. 15 counts from 1).
 
     Args:
         dim: $d$, even.
@@ -167,9 +167,9 @@ def half_split_to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def decay_bound(distances: Tensor, dim: int, base: float = 10000.0) -> Tensor:
-    r"""What bounds a score at a distance, up to a factor of query and key: $\frac{2}{d} \sum_{j=1}^{d/2} |S_j|$ (Eq. 37).
+    r"""What bounds a score at a distance, up to a factor of query and key: $\frac{2}{d} \sum_{j=1}^{d/2} |S_j|$ (Figure 2).
 
-    $S_j = \sum_{i<j} e^{\mathrm{i}(m-n)\theta_i}$; the score of q and k is at most $\max_i |h_{i+1} - h_i| \sum_j |S_j|$,
+    $S_j = \sum_{i<j} e^{\mathrm{i}(m-n)\theta_i}$; the score of q and k is at most $\max_i |h_{i+1} - h_i| \sum_j |S_j|$ (Eq. 37),
     with $h_i = q_{[i]} k_{[i]}^*$ the product of their i-th pairs as complex numbers and $h_{d/2} = 0$.
 
     Args:

@@ -7,8 +7,7 @@ Differs from the paper: the first term is a divergence and not a cross-entropy, 
 all; they differ by the teacher's entropy, which no gradient sees. The two weights are normalized to 1.
 
 Not here: an ensemble as the teacher (average its distributions, and pass their logarithm as logits); the specialists of
-Section 5; logits stored beforehand; a teacher that gives some tokens no chance at all (logits of minus infinity) is fine, a
-student that does so is not.
+Section 5; logits stored beforehand; a student that gives a token no chance at all (a logit of minus infinity), as a teacher may.
 """
 
 from dataclasses import dataclass

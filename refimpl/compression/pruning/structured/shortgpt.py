@@ -1,7 +1,7 @@
 r"""ShortGPT: remove the blocks that hardly turn the hidden state.
 
-Source: `shortgpt` (arXiv 2403.03853), Eq. (1), the definition of Block Influence, and the removal of layers by it; official
-code icip-cas/ShortGPT@9a2ee8dfe9e28d0bee430e83c140b787c02ddd6c, shortgpt/shortgpt.py and metrics.py.
+Source: `shortgpt` (arXiv 2403.03853), Section 3.1 with Eq. (1), and Section 3.2; official code
+icip-cas/ShortGPT@9a2ee8dfe9e28d0bee430e83c140b787c02ddd6c, shortgpt/shortgpt.py and metrics.py.
 
 Differs from the paper: what is removed is given as a share of the blocks, there as their number. The official code compares
 the last block's input with what comes after the final norm, as transformers lists hidden states; here it is the block's own
@@ -30,7 +30,7 @@ class ShortGPT:
 
     Args:
         sparsity: share of the blocks removed, 0 to below 1; the nearest whole number of blocks, at least one unless it is 0,
-            and never all. The paper removes about a quarter.
+            and never all. The paper removes about a quarter (Section 4.2).
         blocks: name of the model's list of blocks, where it has several (`model.layers`).
 
     Examples:

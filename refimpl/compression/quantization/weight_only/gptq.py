@@ -1,13 +1,16 @@
 r"""GPTQ: round a weight column by column, and let the columns still to come make up for each column's error.
 
-Source: `gptq` (arXiv 2210.17323), Eq. (2) and (3), Section 3.3, Algorithm 1; Section 4 for groups; official code
-IST-DASLab/gptq@2d65066eeb06a5c9ff5184d8cebdf33662c67faf, gptq.py, for dead columns, `act_order` and static groups.
+Source: `gptq` (arXiv 2210.17323), Eq. (2) and (3), Section 4 with Algorithm 1; Section 5 for groups, whose grids follow from
+the updated weights; official code IST-DASLab/gptq@2d65066eeb06a5c9ff5184d8cebdf33662c67faf, gptq.py, for dead columns,
+`act_order` and static groups.
 
 Differs from the paper: the Cholesky factor of the inverse Hessian comes from one factorization of the reversed Hessian instead
 of an inversion between two. The grid of a group counts every update so far; in the official code those of the current block
 of 128 columns are missing from it, where a group begins inside a block. Dead columns count neither in the mean that the
 damping is a share of nor in a channel's grid. Grids are those of `rtn`, scales rounded up to `scale_dtype`. With `act_order`,
-groups keep the grids of the original weight (static groups), so that no permutation needs to be stored.
+groups keep the grids of the original weight (static groups), so that no permutation needs to be stored. Over a model,
+all layers before a layer are compressed when its inputs are taken, those of its own block too (`true-sequential` in the
+official code); the paper takes the inputs of all layers of a block before it quantizes any of them.
 
 Not here: grids clipped for the least squared error; convolutions; integer kernels.
 """
@@ -21,7 +24,7 @@ from refimpl.compression.protocol import check_layer
 from refimpl.compression.quantization.affine import affine_grid, to_groups
 from refimpl.compression.quantization.packed import QuantizedWeight
 
-BLOCK = 128  # columns after which the updates of the remaining ones are applied (Section 3.3, Step 2)
+BLOCK = 128  # columns after which the updates of the remaining ones are applied (Section 4, Step 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,8 @@ class GPTQ:
 
         Args:
             weight: `[out, in]`, finite, not empty; left unchanged.
-            inputs: `[n, in]`, the layer's calibration inputs; some hundred rows more than `in` are enough.
+            inputs: `[n, in]`, the layer's calibration inputs; more rows than `in`; the paper takes 128 texts of
+                2048 tokens.
 
         Returns:
             Packed codes, scales and zero points, as those of `rtn`; `dense()` has the weight's dtype.
@@ -143,13 +147,13 @@ class GPTQ:
 
 
 def gram(inputs: Tensor) -> Tensor:
-    """$X^T X$, `[in, in]`, float32, of inputs `[n, in]`: half the Hessian of the layer's squared error (Section 3.1)."""
+    """$X^T X$, `[in, in]`, float32, of inputs `[n, in]`: half the Hessian of the layer's squared error (Section 3)."""
     inputs = inputs.float()
     return inputs.T @ inputs
 
 
 def inverse_factor(hessian: Tensor, dead: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
-    r"""$U$, upper triangular, with $(H + \lambda I)^{-1} = U^\top U$ (Section 3.3, Step 3).
+    r"""$U$, upper triangular, with $(H + \lambda I)^{-1} = U^\top U$ (Section 4, Step 3).
 
     With the order of columns reversed, $H = LL^\top$ reads $H = RR^\top$ in the right order, R upper triangular, and
     $U = R^{-1}$.

@@ -1,14 +1,19 @@
 r"""RTN: round every weight to the nearest level of its group's grid.
 
-Source: `integer-arithmetic-inference-2018` (arXiv 1712.05877), Eq. (1) for the affine map $r = S(q - Z)$ with an integer zero point;
-the symmetric range and the group-wise use are the round-to-nearest baseline of `gptq` (arXiv 2210.17323), Section 5.
+Source: `integer-arithmetic-inference-2018` (arXiv 1712.05877), Eq. (1) for the affine map $r = S(q - Z)$ with an integer
+zero point; its use on the channels of a weight, without clipping, is the round-to-nearest baseline of `gptq` (arXiv
+2210.17323), Section 5, as are groups; the symmetric range is that of its official code,
+IST-DASLab/gptq@2d65066eeb06a5c9ff5184d8cebdf33662c67faf, quant.py.
 
-Differs from the paper: scales are stored in float16 and rounded up to it, where the paper keeps a fixed-point multiplier.
+Differs from the paper: scales are stored in float16 and rounded up to it, where the paper keeps float32, of which its integer
+arithmetic sees fixed-point ratios only. The symmetric range is $[-m, m]$ also where no weight is negative; there, the official
+code takes $[0, m]$ with the zero point of $[-m, m]$, and clips the upper half.
 
 Not here: clipping (`mse_clip`, `kl_clip`), quantized activations, integer kernels.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +45,8 @@ class RTN:
         >>> packed.dense().tolist(), packed.nbytes
         ([[0.0, 1.0, 2.0, 3.0]], 6)
     """
+
+    needs_inputs: ClassVar[bool] = False
 
     bits: int = 4
     granularity: Granularity = "group"

@@ -52,7 +52,7 @@ class LLMLingua2:
 
     question_aware: ClassVar[bool] = False
 
-    classifier: Path = CLASSIFIER
+    classifier: str | Path = CLASSIFIER
     chunk: int = 512
     force_tokens: tuple[str, ...] = ()
     force_reserve_digit: bool = False
@@ -106,6 +106,9 @@ class ByClassifier(Compressor):
         said = iter(self.classifier.probabilities(rows))
         chosen = []
         for i, bounds in enumerate(parts):
+            if not bounds:  # a tokenizer may read spaces as nothing
+                chosen.append(torch.arange(budgets[i]))
+                continue
             starts = word_starts(pieces[i], read[i].offsets)
             owner = owners(encodings[i], read[i])
             of_chunk = [((owner >= a) & (owner < b)).nonzero()[:, 0] for a, b in bounds]
@@ -130,8 +133,12 @@ class ByClassifier(Compressor):
         if self.method.drop_consecutive:
             stays = torch.zeros(len(priority), dtype=torch.bool)
             stays[word[owner[kept]]] = True
-            names = [piece.strip(" ") for piece, start in zip(pieces, starts.tolist(), strict=True) if start]
-            priority = priority.masked_fill(repeats(names, forced[starts], stays), -1.0)
+            named = [""] * len(priority)
+            for i, piece in zip(word.tolist(), pieces, strict=True):
+                named[i] += piece
+            named = [name.strip(" ") for name in named]
+            must = torch.tensor([name in self.method.force_tokens for name in named])
+            priority = priority.masked_fill(repeats(named, must, stays), -1.0)
             kept = most(priority[word[owner]], budget)
         return kept
 
@@ -158,19 +165,23 @@ def chunks(ends: Sequence[bool], size: int) -> list[tuple[int, int]]:
 
 
 def word_starts(pieces: Sequence[str], offsets: Sequence[tuple[int, int]]) -> Tensor:
-    """Of each token whether a word starts with it, `[n]`: after or at a space, at a mark and after one.
+    """Of each token whether a word starts with it, `[n]`: letters, digits and `_` in a row are one, any mark, with spaces before.
 
     Args:
         pieces: text of each token.
         offsets: its place.
 
     Examples:
-        >>> word_starts(["a", "b", " c", "(", "d", ")."], [(0, 1), (1, 2), (2, 4), (4, 5), (5, 6), (6, 8)]).int().tolist()
-        [1, 0, 1, 1, 1, 1]
+        >>> word_starts(["a", "b", " c", "(", "d", " ", "4"], [(0, 1), (1, 2), (2, 4), (4, 5), (5, 6), (6, 7), (7, 8)]).int().tolist()
+        [1, 0, 1, 1, 1, 1, 0]
     """
     inside = [piece[:1].isalnum() or piece[:1] == "_" for piece in pieces]
     open_ = [piece[-1:].isalnum() or piece[-1:] == "_" for piece in pieces]
-    joined = [i > 0 and inside[i] and open_[i - 1] and offsets[i][0] <= offsets[i - 1][1] for i in range(len(pieces))]
+    blank = [not piece.strip(" \t") for piece in pieces]
+    joined = [
+        i > 0 and (blank[i - 1] or (inside[i] and open_[i - 1])) and offsets[i][0] <= offsets[i - 1][1]
+        for i in range(len(pieces))
+    ]
     return ~torch.tensor(joined, dtype=torch.bool)
 
 

@@ -87,13 +87,14 @@ def save(classifier: TokenClassifier, tokenizer: Tokenizer, path: Path) -> None:
     save_file(weights, path, {"config": shape, "tokenizer": tokenizer.to_str()})
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> tuple[TokenClassifier, Tokenizer]:
+def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[TokenClassifier, Tokenizer]:
     """Read what `save` wrote: the classifier, in evaluation mode and float32, and its tokenizer.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it was not written by `save`.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `save` writes what `train_classifier` made")
     with safe_open(path, framework="pt") as file:

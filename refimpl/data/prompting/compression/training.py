@@ -51,10 +51,12 @@ def classification_loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def labelled(annotations: Iterable[Annotation], tokenizer: Tokenizer) -> list[Labelled]:
-    """Labels of words, given to their tokens: each token has the label of the word that it ends in."""
+    """Labels of words, given to their tokens: each has the label of the word that it ends in. Texts without tokens are left out."""
     found = []
     for words, labels, *_ in annotations:
         encoding = tokenizer.encode("".join(words), add_special_tokens=False)
+        if not encoding.ids:
+            continue
         ends = torch.tensor([len(word) for word in words]).cumsum(0)
         last = torch.tensor([end - 1 for _, end in encoding.offsets])
         of_word = torch.searchsorted(ends, last, right=True)

@@ -21,16 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refimpl.finetuning.peft.adapter_files import check_fit, read_adapter, write_adapter
-from refimpl.finetuning.protocol import (
-    AdaptedLinear,
-    M,
-    adapt,
-    is_linear,
-    is_transposed,
-    merge,
-    sizes,
-    trainable,
-)
+from refimpl.finetuning.protocol import AdaptedLinear, M, adapt, merge, trainable
+from refimpl.model.linear import is_linear, is_transposed, sizes
 
 PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rank_stabilized": "use_rslora"}
 

@@ -206,7 +206,7 @@ def residual(p_target: Tensor, q_draft: Tensor) -> Tensor:
 
 
 def acceptance(p_target: Tensor, q_draft: Tensor) -> Tensor:
-    r"""Probability that a guess is kept, $\sum_x \min(p(x), q(x))$ (Theorem 3.5): `[..., vocabulary]` to `[...]`.
+    r"""Probability that a guess is kept, $\sum_x \min(p(x), q(x))$ (Lemma 3.3, Theorem 3.5): `[..., vocabulary]` to `[...]`.
 
     Examples:
         >>> acceptance(torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.0, 0.75])).item()

@@ -2,7 +2,8 @@ r"""StreamingLLM: the first tokens and the most recent ones, at positions counte
 
 Source: `streaming-llm` (arXiv 2309.17453), Section 3.2 and Figure 4; official code
 mit-han-lab/streaming-llm@2e5042606d69933d88fbf909bd77907456b9b4dd, streaming_llm/kv_cache.py, pos_shift/modify_llama.py and
-examples/eval_long_ppl.py: new tokens see all that is held and themselves, and then the cache is cut to its budget.
+examples/eval_long_ppl.py: new tokens see all that is held and themselves, and then the cache is cut to its budget (the chat of
+examples/run_streaming_llama.py drops as much before a prompt as it and the longest reply will take).
 
 Differs from the paper: it caches keys before they are rotated and rotates all of them at each step. Attention depends on
 distances only, and of these the position inside the cache changes those to the sinks alone. So the window stays as it was

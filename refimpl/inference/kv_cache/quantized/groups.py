@@ -2,7 +2,7 @@ r"""Asymmetric quantization of groups of numbers, as the caches use it: a scale 
 
     q = round((x - minimum) / scale),  0 to 2^bits - 1        x' = q * scale + minimum
 
-Both are rounded *outward* to their 16 bits, so that the levels cover the group and nothing moves by more than scale / 2.
+Scale and minimum are rounded *outward* to their 16 bits, so that the levels cover the group and nothing moves by more than scale / 2.
 """
 
 import torch

@@ -1,7 +1,7 @@
 r"""KIVI: keys quantized per channel, values per token, and the most recent tokens kept as they are.
 
-Source: `kivi` (arXiv 2402.02750), Eq. (1) for the quantizer, Section 3.2 for the two groupings, Algorithm 1 and Section 3.3 for
-the residual; official code jy-yuan/KIVI@876b4d2d08e3b1d5f70d0969c299d8c7c42ddfb6, models/llama_kivi.py and quant/new_pack.py,
+Source: `kivi` (arXiv 2402.02750), Section 3.1 for the quantizer, Section 3.2 for the two groupings, Section 3.3 and Algorithm 1
+for the residual; official code jy-yuan/KIVI@876b4d2d08e3b1d5f70d0969c299d8c7c42ddfb6, models/llama_kivi.py and quant/new_pack.py,
 whose defaults (group 32, residual 128) and whose moments of quantization these are.
 
 Differs from the paper: scale and minimum are rounded outward to their 16 bits, so that the bound s/2 holds for what is stored; a
@@ -10,7 +10,7 @@ where the official code quantizes padding along with the rest. Prompts read in c
 before it, and itself as it is; the official code reads a prompt at once.
 
 Not here: the product with packed keys in one kernel. A layer's keys and values are expanded for as long as it attends, then
-dropped; a step reads and writes all of them, and so is slower than with the uncompressed cache wherever memory would do.
+dropped; a step reads and writes all of them, and so is slower than with an uncompressed cache that fits into memory.
 """
 
 from dataclasses import dataclass

@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from refimpl.architecture.alternatives.language_model import LanguageModel, LanguageModelConfig, States
 from refimpl.architecture.alternatives.protocol import state_bytes
+from refimpl.architecture.alternatives.scan import linear_scan
 from refimpl.architecture.alternatives.softmax_attention import SoftmaxAttention
 from refimpl.architecture.alternatives.state_space.mamba import Mamba, MambaMixer, State, load
+from refimpl.architecture.alternatives.state_space.selective_scan import selective_scan
 
 TOKENS = torch.randint(0, 61, (2, 70), generator=torch.Generator().manual_seed(1))
 
@@ -87,7 +89,7 @@ def test_initial_values(generator):
 
 
 @pytest.fixture
-def peer():
+def hugging_face():
     """A small Mamba of transformers, wide weights, so that its states matter."""
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -101,16 +103,16 @@ def peer():
 
 
 @torch.no_grad()
-def test_checkpoint_of_transformers(peer, tmp_path):
+def test_checkpoint_of_transformers(hugging_face, tmp_path):
     """Oracle: transformers' logits (5.23), whole and token by token, and its greedy generation."""
-    peer.save_pretrained(tmp_path)
+    hugging_face.save_pretrained(tmp_path)
     model = load(tmp_path)
-    theirs = peer(TOKENS, use_cache=False).logits
+    theirs = hugging_face(TOKENS, use_cache=False).logits
     assert_close(model(TOKENS), theirs, rtol=1e-4, atol=1e-4)  # logits of size 10 through 2 layers
     states = States()
     stepped = torch.cat([model(token, states) for token in TOKENS.split(1, dim=1)], dim=1)
     assert_close(stepped, theirs, rtol=1e-4, atol=1e-4)
-    new = peer.generate(TOKENS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    new = hugging_face.generate(TOKENS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert torch.equal(model.generate(TOKENS[:1], 8), new[:, 70:])
     for name in ("A_log", "D", "dt_proj.bias", "conv1d.bias"):  # negative control: each of them counts
         changed = load(tmp_path)
@@ -121,15 +123,16 @@ def test_checkpoint_of_transformers(peer, tmp_path):
     assert (half(TOKENS).float() - theirs).norm() / theirs.norm() < 0.05
 
 
-def test_checkpoints_that_are_not_supported(peer, tmp_path):
+def test_checkpoints_that_are_not_supported(hugging_face, tmp_path):
     import json
 
-    peer.save_pretrained(tmp_path)
+    hugging_face.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in [
         ({"use_bias": True}, "use_bias=True is not supported"),
         ({"use_conv_bias": False}, "use_conv_bias=False is not supported"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"residual_in_fp32": False}, "residual_in_fp32=False"),
         ({"architectures": ["Mamba2ForCausalLM"]}, "supported: .'MambaForCausalLM'"),
         ({"state_size": 4}, "layers.0.mixer.A_log has shape"),
         ({"num_hidden_layers": 1}, "layers.1.mixer.A_log is unexpected"),
@@ -137,6 +140,36 @@ def test_checkpoints_that_are_not_supported(peer, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["forward", "forward and backward"])
+def test_beside_transformers(what, peer, generator):
+    """Oracle: transformers' layer (5.23), which has no kernel on this processor and goes position by position."""
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer as Theirs
+
+    ours = Mamba().build(128, generator).eval()
+    theirs = Theirs(MambaConfig(hidden_size=128, num_hidden_layers=1), 0).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 256, 128, generator=generator)
+
+    def call(mixer):
+        if what == "forward":
+            with torch.no_grad():
+                return mixer(x)
+        mixer.zero_grad()
+        y = mixer(x)
+        y.square().sum().backward()
+        return y.detach(), mixer.A_log.grad, mixer.in_proj.weight.grad
+
+    peer(
+        "mamba",
+        "transformers",
+        f"{what} of one layer, width 128, 16 numbers of state, 2 texts of 256 tokens",
+        lambda: call(ours),
+        lambda: call(theirs),
+        within=1e-3,  # float32 rounding: a scan adds in another order, and gradients of 100 are summed over 512 tokens
+    )
 
 
 def test_generation_holds_a_state_of_constant_size(generator):
@@ -210,30 +243,81 @@ def test_claim_linear_time(claim, generator):
     claim("mamba", "linear-time", power(Mamba(d_state=4).build(8, generator)))
 
 
-def test_claim_training_memory(claim, generator):
-    """Bytes that a layer keeps for the gradient over those of a state for every position, 1,024 positions, 64 numbers a channel."""
-    mixer, kept = Mamba(d_state=64).build(16, generator), {}
+def kept_for_the_gradient(function, parameters=()):
+    """Bytes that autograd keeps of what `function` computes, without those of the parameters themselves."""
+    own, kept = {p.untyped_storage().data_ptr() for p in parameters}, {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = mixer(torch.randn(1, 1024, 16, generator=generator))
+        out = function()
     assert out.requires_grad
-    claim("mamba", "training-memory", sum(kept.values()) / (1024 * 32 * 64 * 4))
+    return sum(kept.values())
+
+
+def test_claim_training_memory(claim, generator):
+    """Bytes that a scan keeps for the gradient over those of u, delta, B, C and y; 1,024 positions, 128 channels.
+
+    Negative control: all states at once, by the parallel scan, keep several times as much.
+    """
+    time, channels, n = 1024, 128, 16
+    u, delta = torch.randn(2, 1, time, channels, generator=generator).exp().requires_grad_()
+    B, C = torch.randn(2, 1, time, n, generator=generator).requires_grad_()
+    A, initial = -torch.ones(channels, n), torch.zeros(1, channels, n)
+
+    def all_at_once():
+        inputs = (delta * u).unsqueeze(-1) * B.unsqueeze(-2)
+        return linear_scan((delta.unsqueeze(-1) * A).exp(), inputs, initial) @ C.unsqueeze(-1)
+
+    ends = 4 * (3 * u.numel() + 2 * B.numel())
+    assert kept_for_the_gradient(all_at_once) > 5 * ends
+    claim(
+        "mamba", "training-memory", kept_for_the_gradient(lambda: selective_scan(u, delta, A, B, C, initial)[0]) / ends
+    )
+
+
+def test_claim_layer_memory(claim, generator):
+    """Bytes that a layer of width 64 keeps for the gradient in bfloat16, a token and unit of width; the paper, which says
+    "a token", means the latter too: its 12 for attention and 20 for an MLP are numbers of the model's width."""
+    mixer = Mamba().build(64, generator).bfloat16()
+    x = torch.randn(1, 1024, 64, generator=generator).bfloat16()
+    claim("mamba", "layer-memory", kept_for_the_gradient(lambda: mixer(x), mixer.parameters()) / x.numel())
 
 
 class TimeInvariant(MambaMixer):
-    """The same layer with steps and maps that do not depend on the input, trained freely: the row S4 of Table 1."""
+    """The same block around a system whose step and maps do not depend on the input (Algorithm 1), as the convolution of
+    Eq. (3): the row of Table 1 with Mamba's architecture and S4."""
 
     def __init__(self, d_model, config, generator):
         super().__init__(d_model, config, generator)
-        self.B, self.C = (nn.Parameter(torch.randn(config.d_state, generator=generator)) for _ in range(2))
+        self.B = nn.Parameter(torch.ones_like(self.A_log))
+        self.C = nn.Parameter(torch.randn(self.A_log.shape, generator=generator))
 
-    def selected(self, u):
-        delta = F.softplus(self.dt_proj.bias).expand(u.shape)
-        return delta, -self.A_log.exp(), *(x.expand(*u.shape[:-1], -1) for x in (self.B, self.C))
+    def extend(self, x, state):
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = F.silu(self.conv1d(F.pad(u.mT, (self.config.d_conv - 1, 0))))
+        delta, age = F.softplus(self.dt_proj.bias), torch.arange(x.shape[1] - 1.0, -1.0, -1.0)
+        decay = (-age * (delta[:, None] * self.A_log.exp()).unsqueeze(-1)).exp()  # [channels, d_state, time]
+        kernel = torch.einsum("dn,dnt->dt", delta[:, None] * self.B * self.C, decay)
+        y = F.conv1d(F.pad(u, (x.shape[1] - 1, 0)), kernel.unsqueeze(1), groups=len(kernel))
+        return self.gated(y.mT, u.mT, z), state
+
+
+def test_the_time_invariant_block_is_the_scan_with_constant_maps(generator):
+    """Oracle: `selective_scan` of one channel, its step and maps the same at every position."""
+    mixer = TimeInvariant(2, Mamba(d_state=3, expand=1), generator)
+    x, seen = torch.randn(1, 9, 2, generator=generator), []
+    mixer.gated = lambda y, u, z: seen.append((y, u)) or y
+    mixer(x)
+    [(y, u)] = seen
+    delta = F.softplus(mixer.dt_proj.bias)[0].expand(1, 9, 1)
+    B, C = (p[0].expand(1, 9, 3) for p in (mixer.B, mixer.C))
+    expected, _ = selective_scan(u[..., :1], delta, -mixer.A_log[:1].exp(), B, C, torch.zeros(1, 1, 3))
+    assert_close(y[..., :1], expected)
 
 
 def selective_copying_error(mixer, generator, steps=150, length=10, kept=2, batch=16):

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+from transformers.models.mpt.modeling_mpt import MptAttention, MptConfig, build_mpt_alibi_tensor
 
 from refimpl.architecture.long_context.positions.alibi import ALiBi, LinearBias, alibi_mask, slopes
 from refimpl.arena import positions as arena
@@ -99,6 +99,38 @@ def test_equals_flex_attention(generator):
     assert_close(scaled_dot_product_attention(q, k, v, attn_mask=alibi_mask(4, 33, 33)), theirs)
 
 
+@pytest.mark.parametrize("what", ["forward", "forward and backward"])
+def test_beside_transformers(what, peer, generator):
+    """Peer: transformers 5.23.0, MPT's attention, with the bias that both build at each call and the same projections."""
+    theirs = MptAttention(MptConfig(d_model=256, n_heads=8)).eval()
+    x = torch.randn(2, 512, 256, generator=generator).requires_grad_()
+    future = torch.ones(512, 512, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        for layer in (theirs.Wqkv, theirs.out_proj):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / 16)
+
+    def attend():
+        q, k, v = theirs.Wqkv(x).view(2, 512, 3, 8, 32).permute(2, 0, 3, 1, 4)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=alibi_mask(8, 512, 512))
+        return theirs.out_proj(out.transpose(1, 2).flatten(2))
+
+    def call(forward):
+        if what == "forward":
+            with torch.no_grad():
+                return forward()
+        out = forward()
+        return out.detach(), torch.autograd.grad(out.square().sum(), x)[0]
+
+    peer(
+        "alibi",
+        "transformers",
+        f"{what} of a layer's attention, 8 heads of 32, 2 texts of 512 tokens",
+        lambda: call(attend),
+        lambda: call(lambda: theirs(x, build_mpt_alibi_tensor(8, 512), attention_mask=future)[0]),
+        within=1e-4,  # float32 rounding of sums over 512 keys; gradients of 30
+    )
+
+
 def test_equals_the_form_of_the_official_code(generator):
     """Oracle: the official code adds m * j to each row, which the softmax can't tell from -m * (i - j)."""
     q, k, v = draw(generator, kv_heads=4, time=33)
@@ -184,8 +216,10 @@ def test_the_most_of_a_score_that_slopes_take(generator):
     assert torch.equal(ALiBi(max_exponent=4.0).score_bias(CONFIG).slopes, slopes(4, 4.0))
 
 
-def test_claims_of_extrapolation(claim):
-    """Losses beyond the trained length, of models that the arena `positions` trains in its quick form."""
+def test_claims_of_extrapolation(claim, monkeypatch):
+    """Losses beyond the trained length, of models that the arena `positions` trains in its quick form, faster: on a quarter of the texts."""
+    monkeypatch.setattr(arena, "BATCH", 4)
+    monkeypatch.setattr(arena, "RATE", 6e-3)  # makes up for it
 
     def losses(method, trained, *lengths):
         conditions = Conditions(generator=torch.Generator().manual_seed(0), quick=True)

@@ -20,7 +20,7 @@ from refimpl.architecture.long_context.positions.rope import (
 )
 from refimpl.model.config import Config, Rope
 from refimpl.model.model import Decoder, initialize_
-from refimpl.model.rope import inverse_frequencies
+from refimpl.model.rope import inverse_frequencies, rotate
 
 CONFIG = Config(vocabulary=61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40)
 LAYOUTS = ["half-split", "interleaved"]
@@ -131,6 +131,39 @@ def test_the_half_split_layout_is_llamas(dtype, generator):
     assert_close(ours, theirs, **more)
 
 
+@pytest.mark.parametrize("what", ["forward", "forward and backward"])
+def test_beside_transformers(what, peer, generator):
+    """Peer: transformers 5.23.0, Llama's rotation, cosines and sines included, of queries and of fewer keys."""
+    sizes = {"d_model": 1024, "n_layers": 1, "n_heads": 8, "n_kv_heads": 2, "head_dim": 128, "d_ff": 8}
+    rotary = RoPE().rotary(Config(vocabulary=8, **sizes))
+    theirs = modeling_llama.LlamaRotaryEmbedding(
+        modeling_llama.LlamaConfig(hidden_size=1024, num_attention_heads=8, max_position_embeddings=2048)
+    )
+    q, k = (torch.randn(1, heads, 2048, 128, generator=generator).requires_grad_() for heads in (8, 2))
+    weights = [torch.randn(x.shape, generator=generator) for x in (q, k)]
+    at = torch.arange(2048)[None]
+
+    def turned_by_ours():
+        cos, sin = rotary(at, q.dtype)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    def call(turn):
+        if what == "forward":
+            with torch.no_grad():
+                return turn()
+        out = turn()
+        return *(x.detach() for x in out), *torch.autograd.grad(out, (q, k), weights)
+
+    peer(
+        "rope",
+        "transformers",
+        f"{what} of 8 heads of queries and 2 of keys, 2,048 tokens of 128",
+        lambda: call(turned_by_ours),
+        lambda: call(lambda: modeling_llama.apply_rotary_pos_emb(q, k, *theirs(q, at))),
+        within=2e-3,  # frequencies that differ by an ulp, times 2,048 positions, times values of 5
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_angles_are_float32_in_half_precision(dtype, layout, generator):
@@ -208,7 +241,7 @@ def test_the_bound_holds_and_by_hand(generator):
 
 
 def test_claim_bound_decays(claim):
-    """Mean of the bound over distances 192 to 256 over that at 0 to 64, at the paper's dim of 128."""
+    """Mean of the bound over distances 192 to 256 over that at 0 to 64, at dim 128; the paper's Figure 2 names none."""
     at = decay_bound(torch.arange(257), 128)
     claim("rope", "bound-decays", float(at[192:].mean() / at[:65].mean()))
 

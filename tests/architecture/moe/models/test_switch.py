@@ -156,28 +156,62 @@ def test_the_router_computes_in_float32(generator):
 def test_equals_transformers(generator):
     """Oracle: transformers' SwitchTransformersSparseMLP and load_balancing_loss_func (5.23). It counts places row by row,
     as groups of a row's length do here."""
-    from transformers import SwitchTransformersConfig
-    from transformers.models.switch_transformers.modeling_switch_transformers import (
-        SwitchTransformersSparseMLP,
-        load_balancing_loss_func,
-    )
+    from transformers.models.switch_transformers.modeling_switch_transformers import load_balancing_loss_func
 
-    sizes = {"d_model": 6, "d_ff": 9, "num_experts": 4, "expert_capacity": 5, "dropout_rate": 0.0}
-    peer = SwitchTransformersSparseMLP(SwitchTransformersConfig(**sizes)).eval()
     config = Switch(n_experts=4, eval_capacity_factor=1.0, group_size=20)
     layer = wild(config.build(6, 9, generator, activation="relu").eval(), generator)
-    x = torch.randn(3, 20, 6, generator=generator)
+    peer, x = of_transformers(layer, expert_capacity=5), torch.randn(3, 20, 6, generator=generator)
     with torch.no_grad():
-        peer.router.classifier.weight.copy_(layer.router)
-        for i in range(4):
-            peer.experts[f"expert_{i}"].wi.weight.copy_(layer.experts.up_proj[i])
-            peer.experts[f"expert_{i}"].wo.weight.copy_(layer.experts.down_proj[i])
         y, auxiliary, routing = layer(x)
         assert_close(y, peer(x), rtol=1e-5, atol=1e-5)  # outputs of size 10
         logits = peer.router(x)[2]
     assert 0 < routing.dropped.float().mean() < 0.5
     theirs = load_balancing_loss_func(logits.softmax(-1), logits.argmax(-1))
     assert auxiliary.item() == pytest.approx(0.01 * theirs.item(), rel=1e-5)
+
+
+def of_transformers(layer, expert_capacity):
+    """SwitchTransformersSparseMLP with the weights of a layer."""
+    from transformers import SwitchTransformersConfig
+    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
+
+    experts, d_ff, d_model = layer.experts.up_proj.shape
+    sizes = {"d_model": d_model, "d_ff": d_ff, "num_experts": experts, "expert_capacity": expert_capacity}
+    mlp = SwitchTransformersSparseMLP(SwitchTransformersConfig(**sizes, dropout_rate=0.0)).eval()
+    with torch.no_grad():
+        mlp.router.classifier.weight.copy_(layer.router)
+        for i in range(experts):
+            mlp.experts[f"expert_{i}"].wi.weight.copy_(layer.experts.up_proj[i])
+            mlp.experts[f"expert_{i}"].wo.weight.copy_(layer.experts.down_proj[i])
+    return mlp
+
+
+@pytest.mark.parametrize("what", ["forward", "forward and backward"])
+def test_beside_transformers(what, peer, generator):
+    """Oracle: transformers' SwitchTransformersSparseMLP (5.23), with a place for every token."""
+    config = Switch(n_experts=8, eval_capacity_factor=8.0, group_size=256)
+    ours = config.build(256, 512, generator, activation="relu").eval()
+    theirs = of_transformers(ours, expert_capacity=256)
+    x = torch.randn(4, 256, 256, generator=generator)
+
+    def call(layer, router):
+        if what == "forward":
+            with torch.no_grad():
+                y = layer(x)
+                return y[0] if layer is ours else y
+        layer.zero_grad()
+        y = layer(x)[0] if layer is ours else layer(x)
+        y.square().sum().backward()
+        return y.detach(), router.grad
+
+    peer(
+        "switch",
+        "transformers",
+        f"{what} of 8 experts, 256 to 512 wide, 1,024 tokens; ours computes the loss of balance too",
+        lambda: call(ours, ours.router),
+        lambda: call(theirs, theirs.router.classifier.weight),
+        within=1e-5,  # float32 rounding of sums over 512
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +263,7 @@ def test_claim_even_is_least(claim):
     claim("switch", "even-is-least", value)
 
 
-def trained(alpha, steps=150):
+def trained(alpha, steps=100):
     """A layer of eight experts, trained to copy a random network on tokens of uneven clusters; its demand and drops then."""
     generator = torch.Generator().manual_seed(0)
     centres, truth = 2 * torch.randn(8, 16, generator=generator), torch.randn(16, 16, generator=generator)
@@ -253,6 +287,6 @@ def trained(alpha, steps=150):
 def test_claim_balance_and_drops(claim):
     """Tokens of the fullest expert with the loss over those without; share that is dropped at ten times its factor."""
     (alone, lost_alone), (fullest, lost), (_, few) = trained(0.0), trained(0.01), trained(0.1)
-    assert lost_alone > 2 * lost > 10 * few  # negative control: without the loss, experts overflow
+    assert lost_alone > 2 * lost > 10 * few  # control: with little loss or none, experts overflow
     claim("switch", "balances", fullest / alone)
     claim("switch", "few-dropped", few)

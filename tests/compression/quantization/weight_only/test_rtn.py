@@ -59,13 +59,34 @@ def test_equals_torchao(bits, group_size, generator):
     """Oracle: torchao's affine primitives (0.18), asymmetric, float32 scales: same codes, same values."""
     weight = randn(6, 33, generator=generator)
     ours = RTN(bits=bits, group_size=group_size, scale_dtype=torch.float32)(weight).dense()
+    assert_close(ours, torchaos(weight, bits, group_size))
+    assert (ours - weight).abs().max() > 1e-3  # negative control: something was rounded
+
+
+def torchaos(weight, bits, group_size):
+    """The weight on torchao's grid, its codes a byte each on the way."""
     grid = {"block_size": (1, group_size), "quant_min": 0, "quant_max": 2**bits - 1}
     scale, zero = choose_qparams_affine(weight, MappingType.ASYMMETRIC, target_dtype=torch.uint8, **grid)
     sizes = (grid["block_size"], scale, zero)
     codes = quantize_affine(weight, *sizes, torch.uint8, grid["quant_min"], grid["quant_max"])
-    theirs = dequantize_affine(codes, *sizes, torch.uint8, grid["quant_min"], grid["quant_max"])
-    assert_close(ours, theirs)
-    assert (ours - weight).abs().max() > 1e-3  # negative control: something was rounded
+    return dequantize_affine(codes, *sizes, torch.uint8, grid["quant_min"], grid["quant_max"])
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_beside_torchao(bits, peer, generator):
+    """Oracle: torchao's affine primitives (0.18). They divide by the step by its reciprocal, which can take a weight halfway
+    between two levels to the other one; here every range is 255 of 128ths, an odd number, and nothing lies halfway."""
+    weight = torch.randint(-127, 129, (2048, 1024), generator=generator) / 128
+    weight.view(-1, 128)[:, :2] = torch.tensor([-127, 128]) / 128
+    method = RTN(bits=bits, group_size=128, scale_dtype=torch.float32)
+    peer(
+        "rtn",
+        "torchao",
+        f"quantize and back, 2048 by 1024, {bits} bits in groups of 128; ours packs the codes",
+        lambda: method(weight).dense(),
+        lambda: torchaos(weight, bits, 128),
+        within=1e-6,  # float32 rounding of the step, times codes of up to 2^bits
+    )
 
 
 @pytest.mark.parametrize(("bits", "bytes_per_group"), [(4, 16 + 2 + 0.5), (3, 12 + 2 + 0.375), (2, 8 + 2 + 0.25)])

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refimpl.arena import finetuning as arena
 from refimpl.finetuning.peft.lora.lora import LoRA, LoRALinear, low_rank_change
-from refimpl.finetuning.protocol import sizes
+from refimpl.model.linear import sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 asks for it
 

@@ -1,5 +1,6 @@
 """SpeculativeSampling: the rule against closed forms and transformers, whole texts against their exact chances."""
 
+import copy
 import math
 
 import pytest
@@ -17,7 +18,8 @@ from refimpl.inference.decoding.speculative.speculative_sampling import (
 )
 from refimpl.model.config import Config
 from refimpl.model.generate import generate, pad
-from refimpl.model.model import Decoder
+from refimpl.model.load import save
+from refimpl.model.model import Decoder, initialize_
 from tests.inference.decoding.chances import FALSE_ALARM, chances, markov, number, p_value, same_source, tiny
 
 ROWS = 10_000
@@ -59,7 +61,7 @@ def test_the_rule_gives_the_targets_distribution_exactly(generator):
 
 
 def test_acceptance_is_one_minus_total_variation(generator):
-    """Oracle: Definition 3.3 and Theorem 3.5: 1 - sum |p - q| / 2; 1 for equal distributions, 0 for disjoint ones."""
+    """Oracle: Definition 3.2 and Theorem 3.5: 1 - sum |p - q| / 2; 1 for equal distributions, 0 for disjoint ones."""
     p, q = distributions(generator, 50, 7), distributions(generator, 50, 7)
     assert_close(acceptance(p, q), 1 - (p - q).abs().sum(-1) / 2)
     assert_close(acceptance(p, p), torch.ones(50, dtype=torch.float64))
@@ -226,6 +228,44 @@ def test_a_markov_chain_keeps_its_steps(generator):
     counts = draw(markov(table), markov(other), n=4, gamma=3, prompt=(2,))
     steps = [(table[2, a] * table[a, b] * table[b, c] * table[c, d]) for a in range(3) for b in range(3) for c in range(3) for d in range(3)]  # fmt: skip
     assert p_value(counts, torch.stack(steps)) > FALSE_ALARM
+
+
+def test_beside_transformers(peer, generator, tmp_path):
+    """Peer: transformers 5.23.0, `generate` with an assistant, greedy, on the same two checkpoints; tokens are the same.
+
+    The draft is the target with noise on its weights, so that some guesses stand and some do not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"vocabulary": 512, "d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "d_ff": 256}
+    target = initialize_(Decoder(Config(**sizes)), generator, std=0.1)
+    draft = copy.deepcopy(target)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    theirs = []
+    for name, model in (("target", target), ("draft", draft)):
+        save(model, tmp_path / name)
+        theirs.append(AutoModelForCausalLM.from_pretrained(tmp_path / name))
+    settings = theirs[1].generation_config
+    settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = 4, "constant"
+    settings.assistant_confidence_threshold = 0.0
+    prompt, method = torch.randint(0, 512, (1, 16), generator=generator), SpeculativeSampling(gamma=4)
+    acceptance = method.decode(target, prompt, 64, draft=draft).acceptance
+    assert 0.2 < acceptance < 0.95
+
+    def assisted():
+        options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 64, "do_sample": False}
+        return theirs[0].generate(prompt, assistant_model=theirs[1], **options)[:, 16:]
+
+    peer(
+        "speculative-sampling",
+        "transformers",
+        f"64 greedy tokens, four layers of width 128, 4 guesses a round, of which {acceptance:.0%} stand",
+        lambda: method.decode(target, prompt, 64, draft=draft).tokens,
+        assisted,
+        within=0,
+    )
 
 
 # How many tokens a call gives

@@ -17,6 +17,11 @@ TOKENS = torch.randint(0, 61, (2, 130), generator=torch.Generator().manual_seed(
 ANGLES = {"rtol": 1e-4, "atol": 1e-4}  # angles up to 130 in float32, at other positions of equal distance
 
 
+def unseen(keys, queries, window):
+    """Which keys a query does not see, by their places."""
+    return (keys > queries) | (queries - keys >= (window or math.inf))
+
+
 def official(model, tokens, sizes, budget, sinks):
     """The official loop: keys are held unrotated, rotated at each call to their place in the cache, cut after the call."""
     past = [None] * len(model.layers)
@@ -38,7 +43,7 @@ def official(model, tokens, sizes, budget, sinks):
             v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
             q = rotate(q, *model.rotary(places[:, n - time :], q.dtype))
             scores = (q @ k.mT / math.sqrt(a.head_dim)).masked_fill(
-                places[0] > places[0, n - time :, None], float("-inf")
+                unseen(places[0], places[0, n - time :, None], model.config.sliding_window[i]), float("-inf")
             )
             x = x + a.o_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
             x = x + layer.feed_forward(layer.feed_forward_norm(x))
@@ -67,6 +72,16 @@ def test_scaled_rotations(type):
     assert_close(run(model, TOKENS, cache, sizes), official(model, TOKENS, sizes, 12, 4), **ANGLES)
 
 
+@pytest.mark.parametrize("windows", [(6, None), (11, 3)])
+@pytest.mark.parametrize("sizes", [[50] + [1] * 80, [7, 5, 1, 1, 30, 2, 50, 20, 14]])
+def test_a_sliding_window_layer_sees_what_of_the_cache_lies_in_its_window(windows, sizes):
+    """Oracle: the official loop, windows counted by places in the cache; one of 11 reaches back to the last sinks."""
+    model = decoder(sliding_window=windows)
+    expected = official(model, TOKENS, sizes, 12, 4)
+    assert_close(run(model, TOKENS, StreamingLLM(budget=12).cache(model.config), sizes), expected, **ANGLES)
+    assert (expected - official(decoder(), TOKENS, sizes, 12, 4)).abs().max() > 0.1  # negative control
+
+
 def test_one_layer_is_a_forward_over_what_is_kept():
     """Oracle: a plain forward over first and last tokens side by side, which is exact where keys depend on their own token."""
     model = decoder(n_layers=1)
@@ -85,16 +100,16 @@ def test_two_layers_are_not_recomputation():
 
 
 def test_positions_of_the_papers_figure():
-    """Oracle: the paper's Figure 4: of text positions 0 to 8 the cache holds 0 to 3, 6 and 7, and token 8 comes at 6."""
+    """Oracle: Section 3.2's example of Figure 4: of tokens 0 to 8 the cache holds 0 to 3 and 6 to 8, and token 9 comes at 7."""
     config = shape(n_heads=1, n_kv_heads=1, head_dim=2)
-    v = torch.arange(9.0).view(1, 1, 9, 1).expand(1, 1, 9, 2)
-    raw = torch.tensor([1.0, 0.0]).expand(1, 1, 9, 2)
-    cache = StreamingLLM(budget=6).cache(config)
-    *_, (k, values, positions) = feed(cache, config, raw, v, [1] * 9)
-    assert values[0, 0, :, 0].tolist() == [0, 1, 2, 3, 6, 7, 8]
+    v = torch.arange(10.0).view(1, 1, 10, 1).expand(1, 1, 10, 2)
+    raw = torch.tensor([1.0, 0.0]).expand(1, 1, 10, 2)
+    cache = StreamingLLM(budget=7).cache(config)
+    *_, (k, values, positions) = feed(cache, config, raw, v, [1] * 10)
+    assert values[0, 0, :, 0].tolist() == [0, 1, 2, 3, 6, 7, 8, 9]
     angle = torch.atan2(k[0, 0, :, 1], k[0, 0, :, 0])
-    turns = ((angle[-1] - angle) / (2 * math.pi)) % 1 * 2 * math.pi
-    assert_close(turns, torch.tensor([6.0, 5, 4, 3, 2, 1, 0]), rtol=0, atol=1e-5)
+    turns = (angle[-1] - angle) % (2 * math.pi)
+    assert_close(turns, torch.tensor([7.0 - 2 * math.pi, 6, 5, 4, 3, 2, 1, 0]), rtol=0, atol=1e-5)
     assert positions is None
 
 
@@ -105,14 +120,14 @@ def test_ten_thousand_tokens(dtype):
     exact.load_state_dict(model.state_dict())
     tokens = torch.randint(0, 61, (1, 10_000), generator=torch.Generator().manual_seed(2))
     cache, sizes = StreamingLLM(budget=64).cache(model.config), []
-    for chunk in tokens.split(5, dim=1):
+    for chunk in tokens.split(20, dim=1):
         assert cache.length < 128
         logits = model(chunk, cache)
         sizes.append(cache.nbytes)
-    assert len(set(sizes[100:])) == 1
+    assert len(set(sizes[25:])) == 1
     assert sizes[-1] < 1.2 * 64 * 2 * 2 * 8 * dtype.itemsize
-    kept = torch.cat([tokens[:, :4], tokens[:, 9_995 - 60 :]], dim=1)
-    expected = exact(kept)[:, -5:]
+    kept = torch.cat([tokens[:, :4], tokens[:, 9_980 - 60 :]], dim=1)
+    expected = exact(kept)[:, -20:]
     bound = (
         {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05 * float(expected.std())}
     )
@@ -173,7 +188,7 @@ def with_sink(cycle=11):
     model.embedding.weight[:, : cycle + 2] = torch.eye(cycle + 2)
     model.lm_head.weight[:, : cycle + 2] = 3 * torch.eye(cycle + 2).roll(1, 0)  # token t - 1 speaks for t
     model.lm_head.weight[1, cycle] = 3  # and the last for the first
-    model.lm_head.weight[wrong, width - 1] = 10
+    model.lm_head.weight[wrong, width - 1] = 6
     layer = model.layers[0]
     for norm in (layer.attention_norm, layer.feed_forward_norm, model.norm):
         norm.weight.fill_(1)

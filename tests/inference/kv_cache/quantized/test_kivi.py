@@ -60,6 +60,16 @@ def test_logits_by_the_official_rules(bits, group, residual, sizes):
     assert (expected - model(tokens)).abs().max() > 0.1  # negative control
 
 
+def test_a_sliding_window_layer_holds_all_and_sees_its_window():
+    """Oracle: the same loop, whose keys and values a layer with a window of 6 masks itself."""
+    method = KIVI(bits=2, group_size=4, residual_length=8)
+    model, cache = decoder(head_dim=8, sliding_window=(6, None)), method.cache(shape(head_dim=8))
+    tokens = torch.randint(0, 61, (1, 30), generator=torch.Generator().manual_seed(3))
+    expected = run(model, tokens, Rebuilt(method), [16] + [1] * 14)
+    assert_close(run(model, tokens, cache, [16] + [1] * 14), expected)
+    assert (expected - run(decoder(head_dim=8), tokens, Rebuilt(method), [16] + [1] * 14)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("n", [5, 8, 9, 15, 16, 17, 40])
 def test_what_is_exact(n, generator):
     """Oracle: by hand: after n tokens the last n mod 8 keys and the last 8 values are as they came, nothing older is."""
@@ -183,15 +193,26 @@ def test_claim_compression(claim, name, bits):
     claim("kivi", name, min(ratio(bits, 10_000 + more) for more in (0, 56, 111, 112)))
 
 
-def test_claim_four_bits_save_three_quarters(claim):
-    claim("kivi", "four-bits-save-three-quarters", 1 - 1 / ratio(4, 10_000))
+def test_claim_exact_window(claim, generator):
+    """Decode three residuals of tokens; what is exact between two steps is counted in what the second returns."""
+    config = shape()
+    k, v = draw(generator, config, 512)
+    cache, exact_keys, exact_values = KIVI().cache(config), [], []
+    whole, _, _ = next(feed(KIVI(residual_length=1024).cache(config), config, k, v, [512]))
+    for found_k, found_v, _ in feed(cache, config, k, v, [128] + [1] * 384):
+        n = found_k.shape[2]
+        exact_keys.append(int((found_k == whole[:, :, :n]).all(dim=(0, 1, 3)).sum()) - 1)  # the new token is one
+        exact_values.append(int((found_v == v[:, :, :n]).all(dim=(0, 1, 3)).sum()) - 1)
+    assert exact_values[1:] == [128] * 384
+    claim("kivi", "exact-window", sum(exact_keys[1:]) / sum(exact_values[1:]))
 
 
 def test_claim_keys_per_channel(claim, generator):
-    """Keys with 3 of 32 channels 8 times as large in every token; the error is that of the scores of random queries."""
+    """Keys with 3 of 32 channels 8 times as large in every token; the paper's error of attention weights, of random queries."""
     k, q = torch.randn(256, 32, generator=generator), torch.randn(64, 32, generator=generator)
     k[:, [3, 11, 26]] = 8 * k[:, [3, 11, 26]].sign() + k[:, [3, 11, 26]]
-    distance = [float((q @ (rounded(k, dim) - k).T).norm()) for dim in (0, 1)]
+    weights = (q @ k.T / 32**0.5).softmax(dim=-1)
+    distance = [float((1 - (q @ rounded(k, dim).T / 32**0.5).softmax(dim=-1) / weights).norm()) for dim in (0, 1)]
     claim("kivi", "keys-per-channel", distance[0] / distance[1])
 
 
