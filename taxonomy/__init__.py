@@ -5,8 +5,8 @@ Examples:
     >>> tree = taxonomy.load()
     >>> tree.methods["gptq"].category
     'compression/quantization/weight_only'
-    >>> [m.id for m in tree.find("nearest level", implemented=True)]
-    ['rtn']
+    >>> tree.find("nearest level", implemented=True)[0].id
+    'rtn'
 
 Importing this package brings in neither torch nor the implementations; `method.load()` does, when it is called.
 """

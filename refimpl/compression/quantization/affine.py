@@ -78,10 +78,11 @@ def _round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantize(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes of `[groups, size]` on each group's grid, uint8."""
-    codes = torch.round(groups.float() / scale.float()[:, None]) + zero[:, None]
+    codes = (groups.float() / scale.float()[:, None]).round_().add_(zero[:, None])
     return codes.clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Values of codes `[groups, size]`, float32."""
-    return (codes.float() - zero.float()[:, None]) * scale.float()[:, None]
+    values = codes.to(torch.float32, copy=True)
+    return values.sub_(zero.float()[:, None]).mul_(scale.float()[:, None])

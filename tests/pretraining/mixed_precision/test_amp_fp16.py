@@ -1,5 +1,6 @@
 """Mixed precision in float16: PyTorch's scaler step for step, exactness of the scaling, and what each part is for."""
 
+import copy
 import math
 
 import pytest
@@ -73,6 +74,39 @@ def test_equals_pytorchs_scaler_step_for_step(generator):
         theirs.append((peer.weight.item() != before, scaler.get_scale(), peer.weight.item()))
     assert ours == theirs
     assert len({scale for _, scale, _ in ours}) > 3 and sum(not taken for taken, _, _ in ours) >= 12
+
+
+def test_beside_pytorch(peer, generator):
+    """Oracle: torch.amp (2.13), autocast and GradScaler, on a small decoder; each call is one more step on the same batch."""
+    sizes = {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "d_ff": 128}
+    model = initialize_(Decoder(Config(vocabulary=256, **sizes)), generator, std=0.1)
+    batch, theirs = torch.randint(256, (2, 65), generator=generator), copy.deepcopy(model)
+    session, scaler = AmpFP16().start(model), torch.amp.GradScaler("cpu")
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, theirs)]
+
+    def ours():
+        optimizers[0].zero_grad()
+        session.backward(model, next_token_loss, batch)
+        assert session.update(optimizers[0])
+        return [p.detach() for p in model.parameters()]
+
+    def autocast():
+        optimizers[1].zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = next_token_loss(theirs, batch)
+        scaler.scale(loss).backward()
+        scaler.step(optimizers[1])
+        scaler.update()
+        return [p.detach() for p in theirs.parameters()]
+
+    peer(
+        "amp-fp16",
+        "torch",
+        "a step of a decoder of two layers of width 64, 128 tokens",
+        ours,
+        autocast,
+        within=1e-4,  # float16 rounding: autocast leaves norms, sums and rotations in float32; steps are up to 0.01
+    )
 
 
 def test_a_skipped_step_leaves_the_optimizers_state(generator):

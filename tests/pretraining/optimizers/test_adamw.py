@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from refimpl.model.config import Config
+from refimpl.model.model import Decoder
 from refimpl.pretraining.optimizers.adamw import AdamW
 
 
@@ -63,6 +65,31 @@ def test_equals_pytorch(settings, dtype, generator):
     assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     without = run(lambda p: torch.optim.Adam(p, **settings), weights, gradients)
     assert (ours[0] - without[0]).abs().max() > 1e-4  # negative control: L2 regularization is something else
+
+
+def test_beside_pytorch(peer, generator):
+    """Oracle: torch.optim.AdamW (2.13) over lists of tensors; each call is one more step on the same gradients."""
+    sizes = {"d_model": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2, "head_dim": 32, "d_ff": 512}
+    model = Decoder(Config(vocabulary=2048, tied_embeddings=True, **sizes))
+    weights, gradients = drawn(3, generator, shapes=[p.shape for p in model.parameters()])
+
+    def stepping(make):
+        parameters = [nn.Parameter(w.clone()) for w in weights]
+        optimizer = make(parameters)
+        for todo in gradients:
+            for p, g in zip(parameters, todo, strict=True):
+                p.grad = g
+            optimizer.step()
+        return lambda: (optimizer.step(), [p.detach() for p in parameters])[1]
+
+    peer(
+        "adamw",
+        "torch",
+        f"the step of a decoder of {sum(w.numel() for w in weights) / 1e6:.1f} million weights",
+        stepping(AdamW),
+        stepping(lambda p: torch.optim.AdamW(p, foreach=True)),
+        within=2e-6,  # float32 rounding of weights up to 6, four times
+    )
 
 
 def test_goes_on_from_pytorchs_state(generator):

@@ -74,8 +74,9 @@ def torchaos(weight, bits, group_size):
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_beside_torchao(bits, peer, generator):
-    """Oracle: torchao's affine primitives (0.18). They divide by the step by its reciprocal, which can take a weight halfway
-    between two levels to the other one; here every range is 255 of 128ths, an odd number, and nothing lies halfway."""
+    """Oracle: torchao's affine primitives (0.18). They multiply by the step's reciprocal, which can round a weight that lies
+    halfway between two levels to the other one. Here none does: all are 128ths, and each group spans an odd number of them.
+    """
     weight = torch.randint(-127, 129, (2048, 1024), generator=generator) / 128
     weight.view(-1, 128)[:, :2] = torch.tensor([-127, 128]) / 128
     method = RTN(bits=bits, group_size=128, scale_dtype=torch.float32)

@@ -237,12 +237,12 @@ def test_beside_transformers(peer, generator, tmp_path):
     """
     from transformers import AutoModelForCausalLM
 
-    sizes = {"vocabulary": 512, "d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "d_ff": 256}
-    target = initialize_(Decoder(Config(**sizes)), generator, std=0.1)
+    sizes = {"d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "d_ff": 256}
+    target = initialize_(Decoder(Config(vocabulary=512, **sizes)), generator, std=0.1)
     draft = copy.deepcopy(target)
     with torch.no_grad():
         for parameter in draft.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.003 * torch.randn(parameter.shape, generator=generator))
     theirs = []
     for name, model in (("target", target), ("draft", draft)):
         save(model, tmp_path / name)
@@ -251,18 +251,18 @@ def test_beside_transformers(peer, generator, tmp_path):
     settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = 4, "constant"
     settings.assistant_confidence_threshold = 0.0
     prompt, method = torch.randint(0, 512, (1, 16), generator=generator), SpeculativeSampling(gamma=4)
-    acceptance = method.decode(target, prompt, 64, draft=draft).acceptance
+    acceptance = method.decode(target, prompt, 32, draft=draft).acceptance
     assert 0.2 < acceptance < 0.95
 
     def assisted():
-        options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 64, "do_sample": False}
+        options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 32, "do_sample": False}
         return theirs[0].generate(prompt, assistant_model=theirs[1], **options)[:, 16:]
 
     peer(
         "speculative-sampling",
         "transformers",
-        f"64 greedy tokens, four layers of width 128, 4 guesses a round, of which {acceptance:.0%} stand",
-        lambda: method.decode(target, prompt, 64, draft=draft).tokens,
+        f"32 greedy tokens, four layers of width 128, 4 guesses a round, of which {acceptance:.0%} stand",
+        lambda: method.decode(target, prompt, 32, draft=draft).tokens,
         assisted,
         within=0,
     )
