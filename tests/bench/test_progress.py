@@ -24,7 +24,7 @@ def test_cells_are_counted():
 
 
 def test_a_terminal_gets_a_bar_that_goes_away():
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, _environ={"TERM": "xterm"})
     with Bar(console) as bar:
         assert told(bar) == (5, 4, 1)
         bar._bar.refresh()
