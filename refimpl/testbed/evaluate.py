@@ -46,7 +46,7 @@ tokenizer of 2,048 entries with single digits. Stored in bfloat16, {bytes:.1f} M
 **Data.** The sources and the documentation of CPython {python}'s standard library (every twentieth file held out, by its name) and
 the seven tasks of `refimpl/testbed/tasks`, drawn anew in every step around that text.
 
-**Training.** `python -m refimpl.testbed.train`, seed {seed}: {steps:,} steps of {row_tokens:,} tokens, {tokens:.0f} million in all; {stages};
+**Training.** `python -m refimpl.testbed.train`, seed {seed}: {steps:,} of {planned:,} steps of {row_tokens:,} tokens, {tokens:.0f} million in all; planned are {stages};
 Muon for the matrices, AdamW for the rest, bfloat16 autocast. The loss is the mean over the steps since the row before, in nats, answers
 weighing {weight:g} times the text around them; the scores are shares of answers right in every token, by teacher forcing, at that step's length.
 
@@ -81,6 +81,7 @@ def card(model: Decoder, found: dict[str, dict[str, float]], text_perplexity: fl
         python=stored["python"],
         seed=train.SEED,
         steps=stored["log"][-1]["step"],
+        planned=sum(stage.steps for stage in train.STAGES),
         row_tokens=train.ROW_TOKENS,
         tokens=stored["log"][-1]["step"] * train.ROW_TOKENS / 1e6,
         stages=", then ".join(f"{stage.steps:,} steps at length {stage.length}" for stage in train.STAGES),

@@ -17,6 +17,8 @@ from refimpl.testbed.sample import Sample
 from refimpl.testbed.tokenizer import CHECKPOINT
 from refimpl.testbed.tokenizer import tokenizer as testbed_tokenizer
 
+LINE_ENDS = ("\n", "Ċ", "<0x0A>")  # as vocabularies write it: plain, byte-level, and where bytes are a fallback
+
 
 class Subject(NamedTuple):
     """A model and its tokenizer."""
@@ -41,7 +43,7 @@ class Subject(NamedTuple):
             last: tokens of a prompt's end that are shown; None shows all.
             batch: prompts at once.
         """
-        ends = [token for text, token in self.tokenizer.get_vocab().items() if "Ċ" in text or "\n" in text]
+        ends = [token for text, token in self.tokenizer.get_vocab().items() if any(end in text for end in LINE_ENDS)]
         device = self.model.embedding.weight.device
         said: list[str] = []
         for first in range(0, len(prompts), batch):

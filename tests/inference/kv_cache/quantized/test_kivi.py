@@ -193,6 +193,10 @@ def test_claim_compression(claim, name, bits):
     claim("kivi", name, min(ratio(bits, 10_000 + more) for more in (0, 56, 111, 112)))
 
 
+def test_claim_four_bits_save_three_quarters(claim):
+    claim("kivi", "four-bits-save-three-quarters", 1 - 1 / ratio(4, 10_000))
+
+
 def test_claim_exact_window(claim, generator):
     """Decode three residuals of tokens; what is exact between two steps is counted in what the second returns."""
     config = shape()
