@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refimpl import testbed
@@ -114,11 +115,17 @@ def _unpacked(model: Decoder) -> Decoder:
     """The same products from dense weights, so that reading many texts does not unpack each weight for each of them."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CompressedLinear) and type(layer.compressed).multiply is CompressedWeight.multiply:
-            weight = layer.weight
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
-            plain.weight = nn.Parameter(weight, requires_grad=False)
-            if layer.bias is not None:
-                plain.bias = nn.Parameter(layer.bias, requires_grad=False)
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+            setattr(model.get_submodule(parent), child, _Unpacked(layer))
     return model
+
+
+class _Unpacked(nn.Module):
+    """A compressed layer with its dense weight at hand."""
+
+    def __init__(self, layer: CompressedLinear) -> None:
+        super().__init__()
+        self.read, self.weight, self.bias = layer.compressed.read, layer.weight, layer.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(self.read(inputs), self.weight, self.bias)

@@ -46,7 +46,7 @@ def baseline(conditions: Conditions) -> dict[str, float]:
     """The weight in bfloat16."""
     weight, inputs = _on_device(conditions)
     half, seconds = _median_time(weight.bfloat16, conditions)
-    return _figures(weight, inputs, half.float(), half.nbytes, seconds)
+    return _figures(weight, inputs, half.float(), inputs, half.nbytes, seconds)
 
 
 def measure(implementation: Any, settings: dict[str, Any], conditions: Conditions) -> dict[str, float]:
@@ -54,7 +54,7 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
     weight, inputs = _on_device(conditions)
     method = implementation(**settings)
     compressed, seconds = _median_time(lambda: method(weight, inputs), conditions)
-    return _figures(weight, inputs, compressed.dense(), compressed.nbytes, seconds)
+    return _figures(weight, inputs, compressed.dense(), compressed.read(inputs), compressed.nbytes, seconds)
 
 
 def _on_device(conditions: Conditions) -> tuple[Tensor, Tensor]:
@@ -73,10 +73,12 @@ def _median_time(step: Callable[[], Any], conditions: Conditions) -> tuple[Any, 
     return value, statistics.median(times)
 
 
-def _figures(weight: Tensor, inputs: Tensor, dense: Tensor, nbytes: int, seconds: float) -> dict[str, float]:
+def _figures(
+    weight: Tensor, inputs: Tensor, dense: Tensor, read: Tensor, nbytes: int, seconds: float
+) -> dict[str, float]:
     output = inputs @ weight.T
     return {
-        "output_error": float((inputs @ dense.T - output).norm() / output.norm()),
+        "output_error": float((read @ dense.T - output).norm() / output.norm()),
         "weight_error": float((dense - weight).norm() / weight.norm()),
         "bytes": nbytes,
         "compression": 2 * weight.numel() / nbytes,

@@ -4,6 +4,7 @@ Glossary
     weight      $W$, `[out, in]`, as in `torch.nn.Linear`
     inputs      $X$, `[n, in]`, what the layer saw on calibration data, one row a token
     dense       $\hat W$, `[out, in]`, what the compressed weight multiplies by
+    read        what a compressed weight makes of the layer's inputs before the product: their quantized values, or themselves
     nbytes      bytes held: codes, scales, zeros, indices, factors; everything
     calibration a list of batches, each a tensor or a dict of keyword arguments that the model is called with
 
@@ -12,7 +13,7 @@ that needs no data ignores `inputs` and says so by `needs_inputs = False`. `comp
 method* is called on the whole model, `Method(**config)(model, calibration) -> model`. `apply` runs either.
 
 Invariants, run for every method by `tests/compression/test_protocol.py`. Of a layer: weight and inputs are not written; the
-same call gives the same result; `dense()` has the weight's shape and dtype; `multiply` is the product with it; `nbytes` is
+same call gives the same result; `dense()` has the weight's shape and dtype; `multiply` is the product of `read` with it; `nbytes` is
 what its buffers hold; saving and loading the buffers is the identity; nothing of the last layer is left in the next. Of a
 model: the one given is not written; the same call gives the same result; fewer parameters are held; a batch equals its rows
 one by one; decoding with a cache equals reading at once; saving and loading is the identity; the largest setting leaves a
@@ -49,9 +50,13 @@ class CompressedWeight(nn.Module):
         r"""$\hat W$, `[out, in]`, in the dtype of the weight that was compressed."""
         raise NotImplementedError
 
+    def read(self, inputs: Tensor) -> Tensor:
+        """The inputs `[..., in]` as the product sees them; a form that quantizes them overrides it."""
+        return inputs
+
     def multiply(self, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
-        r"""$X \hat W^\top + b$, `[..., in]` to `[..., out]`; a form that multiplies without `dense` overrides it."""
-        return F.linear(inputs, self.dense(), bias)
+        r"""$\operatorname{read}(X)\, \hat W^\top + b$, `[..., in]` to `[..., out]`; what multiplies without `dense` overrides it."""
+        return F.linear(self.read(inputs), self.dense(), bias)
 
     @property
     def nbytes(self) -> int:
@@ -166,17 +171,28 @@ def compress(
         ValueError: a pattern stands alone instead of in a list; no linear layer's name matches; a layer that does is compressed
             already or holds integers; the calibration data is no list of batches, never reaches a layer, or makes NaN there.
     """
-    for name, patterns in {"target": target, "skip": skip}.items():
-        if isinstance(patterns, str):
-            raise ValueError(f"{name}={patterns!r} must be a list of patterns: [{patterns!r}]")
     batches = batches_of(calibration)
-    model = copy.deepcopy(model).eval()
-    layers = _matching(model, target, skip)
+    return compress_(copy.deepcopy(model), method, batches, target=target, skip=skip, done=done)
+
+
+def compress_(
+    model: M,
+    method: LayerMethod,
+    calibration: Iterable[Any] = (),
+    *,
+    target: Sequence[str] = ("*",),
+    skip: Sequence[str] = ("lm_head",),
+    done: Callable[[str], None] = lambda _: None,
+) -> M:
+    """`compress` in place: the model itself loses its dense weights one by one, and holds no copy of them."""
+    batches = batches_of(calibration)
+    model.eval()
+    layers = matching(model, target, skip)
     wanted = batches and getattr(method, "needs_inputs", True)
-    groups = inputs_by_group(model, layers, batches) if wanted else (([name], None) for name in layers)
+    groups = inputs_by_group(model, layers, batches) if wanted else (([name], None) for name in list(layers))
     for names, inputs in groups:
         for name in names:
-            layer = layers[name]
+            layer = layers.pop(name)
             with torch.no_grad():
                 packed = CompressedLinear(method(weight_of(layer), inputs), layer.bias)
             parent, _, child = name.rpartition(".")
@@ -185,8 +201,17 @@ def compress(
     return model
 
 
-def _matching(model: nn.Module, target: Sequence[str], skip: Sequence[str]) -> dict[str, nn.Linear]:
-    """The layers to compress, by name, in the order in which they stand."""
+def matching(
+    model: nn.Module, target: Sequence[str] = ("*",), skip: Sequence[str] = ("lm_head",)
+) -> dict[str, nn.Linear]:
+    """The linear layers that `compress` would take, by name, in the order in which they stand; tied ones are left out.
+
+    Raises:
+        ValueError: a pattern stands alone instead of in a list; there is none, or one is compressed already or holds integers.
+    """
+    for name, patterns in {"target": target, "skip": skip}.items():
+        if isinstance(patterns, str):
+            raise ValueError(f"{name}={patterns!r} must be a list of patterns: [{patterns!r}]")
     layers = {name: layer for name, layer in model.named_modules() if name and is_linear(layer)}
     compressed = {name for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
     found = {

@@ -7,9 +7,10 @@ Differs from transformers: a missing, unexpected or misshapen tensor is an error
 Not here: pickles (`.bin`, `.pt`), which run code when they are read; the hub; quantized checkpoints.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +52,58 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: torch.devic
         ValueError: the config is not supported; weights are pickles only; a file is no safetensors or is cut off;
             tensors are missing, unexpected, misshapen or not floating point. All faults of tensors are told at once.
     """
-    folder = Path(path)
-    config = read_config(folder)
+    tensors = Tensors(path)
     with torch.device("meta"):
-        model = Decoder(config)
-    expected = {_theirs(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    files = tensor_files(folder)
-    stored = {name: (file, *about) for file, names in files.items() for name, about in headers(file, names).items()}
-    _check(folder, expected, stored)
-    dtype = dtype or DTYPES[stored[_theirs("embedding.weight")][2]]
-    state: dict[str, Tensor] = {}
-    for file in files:
-        with opened(file, device) as weights:
-            for name in sorted(name for name, (where, *_) in stored.items() if where == file):
-                if name in expected:
-                    state[_ours(name)] = weights.get_tensor(name).to(dtype)
-                elif name == "lm_head.weight":
-                    head = weights.get_tensor(name).to(dtype)
-    model.load_state_dict(state, assign=True)
-    if "lm_head.weight" in stored and config.tied_embeddings and not torch.equal(head, model.embedding.weight):
-        raise ValueError(f"{folder}: tie_word_embeddings=True, but lm_head.weight is not the embedding")
+        model = Decoder(tensors.config)
+    model.load_state_dict(tensors.read(tensors.names, dtype, device), assign=True)
+    if tensors.repeats_embedding and not torch.equal(tensors.output_layer(dtype, device), model.embedding.weight):
+        raise ValueError(f"{tensors.folder}: tie_word_embeddings=True, but lm_head.weight is not the embedding")
     return model.eval()
+
+
+class Tensors:
+    """The tensors of a checkpoint under the names of `Decoder`, read when they are asked for; all headers are checked at once.
+
+    Args:
+        path: folder with config.json and weights, as for `load`, which raises the same.
+
+    Attributes:
+        config: the model's.
+        names: of all parameters, in the decoder's order.
+        dtype: in which the embedding is stored.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path)
+        self.config = read_config(self.folder)
+        with torch.device("meta"):
+            shapes = {name: tuple(p.shape) for name, p in Decoder(self.config).named_parameters()}
+        files = tensor_files(self.folder)
+        self._stored = {
+            name: (file, *about) for file, names in files.items() for name, about in headers(file, names).items()
+        }
+        _check(self.folder, {_theirs(name): shape for name, shape in shapes.items()}, self._stored)
+        self.names = list(shapes)
+        self.dtype = DTYPES[self._stored[_theirs("embedding.weight")][2]]
+        self.repeats_embedding = self.config.tied_embeddings and "lm_head.weight" in self._stored
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> dict[str, Tensor]:
+        """Some tensors, each file opened once; all in one dtype, that of the embedding if it is None."""
+        wanted = sorted((self._stored[_theirs(name)][0], name) for name in names)
+        state: dict[str, Tensor] = {}
+        for file, group in itertools.groupby(wanted, key=lambda pair: pair[0]):
+            with opened(file, device) as weights:
+                for _, name in group:
+                    state[name] = weights.get_tensor(_theirs(name)).to(dtype or self.dtype)
+        return state
+
+    def output_layer(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+        """The output layer's weight, also where the config says that it is the embedding's."""
+        with opened(self._stored["lm_head.weight"][0], device) as weights:
+            found: Tensor = weights.get_tensor("lm_head.weight").to(dtype or self.dtype)
+        return found
 
 
 def save(model: Decoder, path: str | Path, shard_bytes: int = 5 * 2**30) -> None:
@@ -152,12 +184,6 @@ def _check(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mappin
             faults.append(f"{name} (in {file.name}) is {dtype}; supported: {', '.join(DTYPES)}")
     if faults:
         raise ValueError(f"{folder}: the tensors are not those of config.json: {some(faults)}")
-
-
-def _ours(name: str) -> str:
-    for theirs, ours in RENAMES:
-        name = name.replace(theirs, ours)
-    return name
 
 
 def _theirs(name: str) -> str:

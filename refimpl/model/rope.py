@@ -137,7 +137,7 @@ def geometric(theta: Tensor | float, head_dim: int, dtype: torch.dtype, device: 
         >>> geometric(100.0, 4, torch.float64, torch.device("cpu")).tolist()
         [1.0, 0.1]
     """
-    return theta ** -(torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim)
+    return 1 / theta ** (torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim)  # rounded as in transformers
 
 
 def attention_factor(rope: Rope) -> float:

@@ -46,9 +46,11 @@ tokenizer of 2,048 entries with single digits. Stored in bfloat16, {bytes:.1f} M
 **Data.** The sources and the documentation of CPython {python}'s standard library (every twentieth file held out, by its name) and
 the seven tasks of `refimpl/testbed/tasks`, drawn anew in every step around that text.
 
-**Training.** `python -m refimpl.testbed.train`, seed {seed}: {steps:,} of {planned:,} steps of {row_tokens:,} tokens, {tokens:.0f} million in all; planned are {stages};
-Muon for the matrices, AdamW for the rest, bfloat16 autocast. The loss is the mean over the steps since the row before, in nats, answers
-weighing {weight:g} times the text around them; the scores are shares of answers right in every token, by teacher forcing, at that step's length.
+**Training.** `python -m refimpl.testbed.train`, seed {seed}: {steps:,} steps of {row_tokens:,} tokens, {tokens:.0f} million in all: {stages};
+copies are rows of random tokens that repeat themselves, from which looking up what came next is learnt. Muon for the matrices, AdamW for the
+rest, bfloat16 autocast. The loss is the mean over the steps since the row before, in nats, answers
+weighing {weight:g} times the text around them; the scores are shares of answers right in every token, by teacher forcing, at the
+longest of these lengths. {remark}
 
 {curve}
 
@@ -81,10 +83,10 @@ def card(model: Decoder, found: dict[str, dict[str, float]], text_perplexity: fl
         python=stored["python"],
         seed=train.SEED,
         steps=stored["log"][-1]["step"],
-        planned=sum(stage.steps for stage in train.STAGES),
         row_tokens=train.ROW_TOKENS,
         tokens=stored["log"][-1]["step"] * train.ROW_TOKENS / 1e6,
-        stages=", then ".join(f"{stage.steps:,} steps at length {stage.length}" for stage in train.STAGES),
+        stages=", then ".join(_stage(**stage) for stage in stored["stages"]),
+        remark=stored["remark"],
         weight=train.ANSWER_WEIGHT / train.OTHER_WEIGHT,
         curve=_table([_rounded(row) for row in stored["log"]]),
         n=n,
@@ -92,6 +94,18 @@ def card(model: Decoder, found: dict[str, dict[str, float]], text_perplexity: fl
         scores=_table([{"task": name} | _rounded(row) for name, row in found.items()]),
         perplexity=text_perplexity,
     )
+
+
+def _stage(steps: int, lengths: Sequence[int], copies: float) -> str:
+    """A stage of training in words.
+
+    Examples:
+        >>> _stage(1500, [256, 256, 1024], 0.2)
+        '1,500 at lengths 256, 256 or 1024 with 20% copies'
+    """
+    *others, last = map(str, lengths)
+    words = f"{steps:,} at length{'s' if others else ''} {', '.join(others)}{' or ' if others else ''}{last}"
+    return words + (f" with {copies:.0%} copies" if copies else "")
 
 
 def _rounded(row: dict[str, float]) -> dict[str, str]:

@@ -1,11 +1,11 @@
 r"""Texts of the tasks with what is left of them when a rule leaves out what no question needs: what a compressor learns from.
 
-The rule knows the forms in which tasks tell things. Of a line that tells something it keeps all but function words, and the line's
-end; of headings, the numbers; of real text nothing, but in the retrieval task, which asks for any of its lines, the longer words.
+The rule knows the forms in which tasks tell things. Of a line that tells something it keeps all but the marks around it, and the line's
+end; answers begin as a line was told, so that every word of it is looked up. Of real text it keeps nothing.
 
 Examples:
     >>> shortened("import os\n- Anna lives in Rome.\nThe pass phrase of Leo is: cat mode\n")
-    'Anna lives Rome\npass phrase Leo : cat mode\n'
+    'Anna lives in Rome\nThe pass phrase of Leo is : cat mode\n'
 """
 
 import json
@@ -21,8 +21,7 @@ from refimpl.testbed.corpus import Split
 from refimpl.testbed.world import ARGUMENTS, FACTS, NAMES, NOUNS, VERBS
 
 LENGTHS = (320, 544)  # tokens of an example, so that contexts fill a chunk of 512 and less
-LONG = 8  # letters of a word of real text that finds its line again
-FUNCTION = frozenset(["-", ".", "The", "a", "as", "def", "in", "is", "of", "the", "will"])
+MARKS = frozenset(["-", "."])
 WORD = re.compile(r"\w+|[^\w\s]+")
 
 
@@ -43,7 +42,7 @@ def _forms() -> re.Pattern[str]:
 
 
 TOLD = _forms()
-PASSAGE = re.compile(r"Passage \d+")
+PASSAGE = re.compile(r"Passage \d+: .*")
 
 
 def told(line: str) -> bool:
@@ -53,15 +52,11 @@ def told(line: str) -> bool:
 
 def shortened(text: str) -> str:
     """What the rule keeps of a task's text, words parted by single spaces."""
-    lines = text.splitlines()
-    numbered = any(PASSAGE.fullmatch(line) for line in lines)
     kept = []
-    for line in lines:
-        if told(line):
-            kept.append(" ".join(word for word in WORD.findall(line) if word not in FUNCTION) + "\n")
-        elif numbered:
-            kept += [f"{word} " for word in WORD.findall(line) if len(word) >= LONG]
-    return "".join(kept).rstrip(" ")
+    for line in filter(told, text.splitlines()):
+        marks = frozenset[str]() if PASSAGE.fullmatch(line) else MARKS
+        kept.append(" ".join(word for word in WORD.findall(line) if word not in marks) + "\n")
+    return "".join(kept)
 
 
 def pairs(n: int, length: int, generator: torch.Generator, *, split: Split = "train") -> Iterator[tuple[str, str]]:

@@ -30,9 +30,15 @@ class Sample(NamedTuple):
         return self.context + self.question
 
 
-def ask(question: str) -> str:
-    """The lines that put a question."""
-    return f"Question: {question}\nAnswer:"
+def ask(question: str, lead: str = "") -> str:
+    """The lines that put a question, and how its answer begins.
+
+    Examples:
+        >>> print(ask("Where does Anna live?", "Anna lives in"))
+        Question: Where does Anna live?
+        Answer: Anna lives in
+    """
+    return f"Question: {question}\nAnswer: {lead}".rstrip()
 
 
 def compose(

@@ -110,13 +110,14 @@ def test_odd_sizes(method, generator):
 
 
 def test_multiplying_is_the_product_with_dense(method, generator):
-    """Oracle: `dense()`, for a matrix of inputs, a batch and a single row; with and without a bias."""
+    """Oracle: `dense()` and `read`, for a matrix of inputs, a batch and a single row; with and without a bias."""
     weight, inputs = layer(generator)
     compressed = method(weight, inputs)
     bias = torch.randn(6, generator=generator)
     for x in (inputs, inputs.view(2, 4, 5, 20), inputs[0]):
-        assert_close(compressed.multiply(x, bias), x @ compressed.dense().T + bias)
-        assert_close(compressed.multiply(x), x @ compressed.dense().T)
+        assert_close(compressed.multiply(x, bias), compressed.read(x) @ compressed.dense().T + bias)
+        assert_close(compressed.multiply(x), compressed.read(x) @ compressed.dense().T)
+        assert (compressed.read(x) - x).norm() < 0.3 * x.norm()  # itself, or near it
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(0, 4), torch.zeros(4), torch.full((2, 3), float("nan"))])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refimpl import testbed
-from refimpl.testbed import evaluate, train
+from refimpl.testbed import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -38,4 +38,7 @@ def test_the_card_says_what_was_measured(subject):
     assert "9 held-out samples" in text and "5.68" in text
     assert f"{sum(p.numel() for p in subject.model.parameters()):,} parameters" in text
     log = json.loads((testbed.CHECKPOINT / "training.json").read_text())["log"]
-    assert f"{log[-1]['step']:,} of {sum(stage.steps for stage in train.STAGES):,} steps" in text
+    stages = json.loads((testbed.CHECKPOINT / "training.json").read_text())["stages"]
+    assert f"{log[-1]['step']:,} steps" in text
+    assert sum(stage["steps"] for stage in stages) == log[-1]["step"]
+    assert all(f"{stage['steps']:,} at length" in text for stage in stages)

@@ -18,15 +18,15 @@ def seeded(seed=0):
 @pytest.mark.parametrize(
     ("line", "short"),
     [
-        ("- Anna lives in Rome.", "Anna lives Rome"),
-        ("- Leo works as a baker.", "Leo works baker"),
+        ("- Anna lives in Rome.", "Anna lives in Rome"),
+        ("- Leo works as a baker.", "Leo works as a baker"),
         ("- Leo works for Anna.", "Leo works for Anna"),
-        ("- Ida has a dog.", "Ida has dog"),
-        ("- Ida plays the harp.", "Ida plays harp"),
+        ("- Ida has a dog.", "Ida has a dog"),
+        ("- Ida plays the harp.", "Ida plays the harp"),
         ("- cat => red", "cat => red"),
-        ("Note: Karl will bring the cake.", "Note : Karl bring cake"),
-        ("The pass phrase of Tom is: red cat load Rome", "pass phrase Tom : red cat load Rome"),
-        ("def load_file(size, mode):", "load_file ( size , mode ):"),
+        ("Note: Karl will bring the cake.", "Note : Karl will bring the cake"),
+        ("The pass phrase of Tom is: red cat load Rome", "The pass phrase of Tom is : red cat load Rome"),
+        ("def load_file(size, mode):", "def load_file ( size , mode ):"),
     ],
 )
 def test_each_form_by_hand(line, short):
@@ -42,10 +42,13 @@ def test_lines_that_only_look_like_it(line):
     assert not told(line)
 
 
-def test_passages_keep_their_numbers_and_long_words():
-    """Oracle: by hand. Without a heading the same lines leave nothing."""
+def test_passages_keep_their_first_lines():
+    """Oracle: by hand. Other lines leave nothing."""
     lines = "import sysconfig\nfrom x import y\n"
-    assert shortened(f"Passage 1\n{lines}Passage 2\n{lines}") == "Passage 1\nsysconfig Passage 2\nsysconfig"
+    assert (
+        shortened(f"Passage 1: {lines}Passage 2: a - b.\n{lines}")
+        == "Passage 1 : import sysconfig\nPassage 2 : a - b .\n"
+    )
     assert shortened(lines) == shortened("") == ""
 
 
@@ -55,7 +58,7 @@ def test_real_text_tells_nothing():
     assert len(lines) > 1000 and [line for line in lines if told(line.rstrip("\n"))] == []
 
 
-@pytest.mark.parametrize("name", [name for name in tasks.NAMES if name != "retrieval"])
+@pytest.mark.parametrize("name", tasks.NAMES)
 def test_what_questions_ask_for_survives(name):
     """Oracle: the tasks' own answers to all their questions; the text gets much shorter."""
     for sample in tasks.samples(name, 4, 400, seeded()):
@@ -72,7 +75,7 @@ def test_tasks_take_turns_and_a_seed_repeats():
     """Oracle: itself from the same seed; the task's heads."""
     one, two, other = (list(pairs(14, 320, seeded(seed), split="held-out")) for seed in (0, 0, 1))
     assert one == two != other
-    assert [text for text, _ in one[5::7] if not text.startswith("Passage 1\n")] == []
+    assert [text for text, _ in one[5::7] if not text.startswith("Passage 1: ")] == []
     assert all("pass phrase" in short for _, short in one[6::7])
 
 

@@ -1,10 +1,13 @@
 """Training: what a step sees, what weighs, and that a stopped run goes on as if it had not been stopped."""
 
+import json
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from refimpl.model.config import Config
+from refimpl.model.load import load
 from refimpl.testbed import tasks, train
 from refimpl.testbed.sample import count
 from refimpl.testbed.tokenizer import END_ID, VOCABULARY, tokenizer
@@ -19,14 +22,34 @@ def tiny(monkeypatch):
     """A run of seconds: a tiny model, few rows, short contexts."""
     monkeypatch.setattr(train, "CONFIG", TINY)
     monkeypatch.setattr(train, "ROW_TOKENS", 4 * 256)
-    monkeypatch.setattr(train, "STAGES", (train.Stage(256, 4),))
+    monkeypatch.setattr(train, "STAGES", (SHORT,))
+
+
+SHORT = train.Stage(4, (256,))
 
 
 def test_a_steps_rows_depend_on_the_step_alone():
-    again, other = train.batch_at(7, 256), train.batch_at(8, 256)
-    assert torch.equal(train.batch_at(7, 256).tokens, again.tokens)
+    again, other = train.batch_at(7, SHORT), train.batch_at(8, SHORT)
+    assert torch.equal(train.batch_at(7, SHORT).tokens, again.tokens)
     assert not torch.equal(again.tokens, other.tokens)
     assert again.tokens.shape == again.weights.shape == (train.ROW_TOKENS // 256, 257)
+
+
+def test_lengths_are_drawn_and_a_step_has_as_many_tokens_at_each():
+    """Oracle: by hand, 8,192 tokens and one target a row."""
+    mixed = train.Stage(1, (256, 256, 1024))
+    shapes = {train.batch_at(step, mixed).tokens.shape for step in range(6)}
+    assert shapes == {(32, 257), (8, 1025)}
+
+
+def test_copies_repeat_and_weigh_from_the_second_time_on():
+    """Oracle: the period, found by comparing the row with itself; a stage of copies alone, one without."""
+    tokens, weights = train.batch_at(0, train.Stage(1, (256,), copies=1.0))
+    for row, weight in zip(tokens, weights, strict=True):
+        period = next(n for n in range(8, 65) if torch.equal(row[n:], row[:-n]))
+        assert weight.tolist() == [0.0] * period + [train.OTHER_WEIGHT] * (257 - period)
+    for row in train.batch_at(0, SHORT).tokens:
+        assert not any(torch.equal(row[n:], row[:-n]) for n in range(8, 65))
 
 
 def test_answers_weigh_more_and_the_end_nothing(generator):
@@ -50,7 +73,7 @@ def test_a_sample_that_is_too_long_is_refused(generator):
 def test_the_loss_is_the_weighted_mean(tiny, tmp_path):
     """Oracle: token by token in float64, from the model's own log-probabilities in float32; bfloat16 rounds to 2^-8."""
     model = train.Run(tmp_path).model
-    batch = train.batch_at(0, 256)
+    batch = train.batch_at(0, SHORT)
     with torch.no_grad():
         log_p = model(batch.tokens[:, :-1]).double().log_softmax(-1)
     total = weight = 0.0
@@ -64,18 +87,35 @@ def test_the_loss_is_the_weighted_mean(tiny, tmp_path):
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny, tmp_path):
     whole = train.Run(tmp_path / "whole")
-    for length in whole:
-        whole.advance(length)
+    for stage in whole:
+        whole.advance(stage)
     for _ in range(2):  # two sittings of two steps
         part = train.Run(tmp_path / "part")
-        for length in part:
-            part.advance(length)
+        for stage in part:
+            part.advance(stage)
             if part.step % 2 == 0:
                 break
         part.write()
     assert part.step == whole.step == 4
     for name, value in whole.model.state_dict().items():
         assert torch.equal(part.model.state_dict()[name], value), name
+
+
+def test_the_command_trains_logs_and_publishes(tiny, tmp_path, monkeypatch):
+    """Oracle: the files; the weights are those of the run's state, in bfloat16."""
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(train, "CHECKPOINT", checkpoint)
+    monkeypatch.setattr(train, "teacher_forced", lambda model, name, rows, length: length / 1024)
+    train.main(tmp_path / "run", every=2)
+    log = json.loads((checkpoint / "training.json").read_text())
+    assert [row["step"] for row in log["log"]] == [2, 4]
+    assert log["log"][0]["needle"] == 0.25 and log["log"][0]["length"] == 256
+    assert log["stages"] == [{"steps": 4, "lengths": [256], "copies": 0.0}]
+    state, published = train.Run(tmp_path / "run").model, load(checkpoint)
+    assert_close(published.state_dict(), state.bfloat16().state_dict())
+    assert (checkpoint / "tokenizer.json").read_text() == "{}"  # that of the corpus is left
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_nothing():

@@ -9,6 +9,7 @@ Glossary
     mask            `[...]`, True where a position counts; None counts all
     batch           `[batch, time + 1]` tokens of the training text
     sequences       what the student learns from in one step: the batch, or what a model wrote
+    run             what lives through one training: a buffer, a schedule, matrices that are trained beside the student
 
 A white-box method sees the teacher's logits: it is a loss, and, if it does not learn from the batch as it is, a choice of
 sequences. A black-box method gets a function that returns text the teacher wrote, and nothing else of the teacher:
@@ -17,7 +18,7 @@ sequences. A black-box method gets a function that returns text the teacher wrot
     black box   sequences(batch, student, write, generator) -> Sequences;    the loss is that of plain training
 
 A method that compares more than logits (hidden states, attention) overrides `objective`. `step` is what a training loop calls,
-and `distill` such a loop:
+and `distill` such a loop. A method that remembers something from step to step overrides `begin`, whose `Run` holds it:
 
 Examples:
     >>> from refimpl.compression.distillation.white_box.hinton_kd import HintonKD
@@ -74,6 +75,36 @@ class Distillation(ABC):
     @abstractmethod
     def step(self, student: nn.Module, teacher: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of one step of training on a batch, a scalar whose gradient reaches the student only."""
+
+    def begin(
+        self,
+        student: nn.Module,  # noqa: ARG002 - for those that remember, as all of these
+        teacher: nn.Module,  # noqa: ARG002
+        steps: int,  # noqa: ARG002
+        generator: torch.Generator,  # noqa: ARG002
+        unseen: Tensor | None = None,  # noqa: ARG002
+    ) -> "Run":
+        """What lives through one training; arguments as of `distill`. Here nothing does."""
+        return Run(self)
+
+
+class Run:
+    """One training by a method: what lives from step to step stands here, and the method stays a frozen setting.
+
+    Args:
+        method: whose training it is.
+    """
+
+    def __init__(self, method: Distillation) -> None:
+        self.method = method
+
+    def step(self, student: nn.Module, teacher: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss of the next step."""
+        return self.method.step(student, teacher, batch, generator)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained beside the student, by the same optimizer."""
+        return []
 
 
 class WhiteBox(Distillation):
@@ -135,6 +166,8 @@ def distill(
     batches: Iterable[Tensor],
     steps: int,
     generator: torch.Generator,
+    *,
+    unseen: Tensor | None = None,
     **options: Any,
 ) -> list[float]:
     """Train the student in place, and return the loss of each step.
@@ -143,21 +176,32 @@ def distill(
         student: in training mode from here on.
         teacher: put into evaluation mode; not changed. A `refimpl.model` Decoder for methods that let it write.
         method: what to learn.
-        optimizer: over the student's parameters.
+        optimizer: over the student's parameters; it is lent what else the method trains, at its own default settings.
         batches: `[batch, time + 1]` tokens each, at least `steps` of them.
         steps: number of updates.
         generator: of what the method draws, on the models' device.
+        unseen: `[rows, time + 1]`, text held back, for methods that watch the loss on it.
         options: as of `refimpl.model.train.train`: clip, schedule.
 
     Raises:
         ValueError: no steps, batches that end before, or vocabularies that differ.
     """
     teacher.eval()
+    run = method.begin(student, teacher, steps, generator, unseen)
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        return method.step(model, teacher, batch, generator)
+        return run.step(model, teacher, batch, generator)
 
-    return train(student, optimizer, batches, steps, loss=loss, **options)
+    beside = run.parameters()
+    if beside:
+        optimizer.add_param_group({"params": beside})
+    try:
+        return train(student, optimizer, batches, steps, loss=loss, **options)
+    finally:
+        if beside:
+            optimizer.param_groups.pop()
+            for parameter in beside:
+                optimizer.state.pop(parameter, None)
 
 
 def writer(teacher: nn.Module, generator: torch.Generator) -> Write:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from refimpl.compression.low_rank.factored import FactoredWeight, WholeWeight, rank_for
+from refimpl.compression.low_rank.factored import FactoredWeight, WholeWeight, check_size, rank_for
 from refimpl.compression.protocol import CompressedWeight, check_layer
 
 
@@ -46,9 +46,7 @@ class SVD:
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        rank_for(1, 1, self.ratio)
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1, or None to follow from ratio")
+        check_size(self.ratio, self.rank)
 
     @torch.no_grad()
     def __call__(self, weight: Tensor, inputs: Tensor | None = None) -> CompressedWeight:  # noqa: ARG002 - the protocol passes it

@@ -1,15 +1,18 @@
-"""Each document tells whom a person works for and where they live; asked is where somebody's boss lives: two documents."""
+"""Each document tells whom a person works for and where they live; asked is where somebody's boss lives: two documents.
+
+The answer tells both steps, and its last word counts.
+"""
 
 from random import Random
 
 from refimpl.testbed.corpus import Lines
-from refimpl.testbed.metrics import f1 as score
+from refimpl.testbed.metrics import exact
 from refimpl.testbed.sample import Sample, ask, compose
 from refimpl.testbed.world import CITIES, NAMES
 
-VERSION = 1
+VERSION = 2
 FILLER = "any"
-ANSWER_TOKENS = 3
+ANSWER_TOKENS = 10
 
 __all__ = ["ANSWER_TOKENS", "FILLER", "VERSION", "guess", "sample", "score"]
 
@@ -25,8 +28,24 @@ def sample(length: int, filler: Lines, draw: Random) -> Sample:
         for i, name in enumerate(people, 1)
     ]
     asked = draw.sample(people, min(n, 5))
-    turns = [(ask(f"Where does the boss of {name} live?"), f" {city[boss[name]]}") for name in asked]
+    turns = [
+        (
+            ask(f"Where does the boss of {name} live?", f"{name} works for"),
+            f" {boss[name]}. {boss[name]} lives in {city[boss[name]]}",
+        )
+        for name in asked
+    ]
     return compose(told, turns, length, filler, draw)
+
+
+def score(prediction: str, answer: str) -> float:
+    """1 if the last words are the same.
+
+    Examples:
+        >>> score("Rita. Rita lives in Rome", "Otto. Otto lives in Rome"), score("", "Otto. Otto lives in Rome")
+        (1.0, 0.0)
+    """
+    return exact(*(" ".join(text.split()[-1:]) for text in (prediction, answer)))
 
 
 def guess(question: str, draw: Random) -> str:  # noqa: ARG001 - the protocol's

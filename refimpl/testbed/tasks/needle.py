@@ -1,4 +1,4 @@
-"""Pass phrases stand somewhere in real text; one is asked for, word by word."""
+"""Pass phrases stand somewhere in real text; one is asked for, word by word, its answer begun as it was told."""
 
 from random import Random
 
@@ -7,7 +7,7 @@ from refimpl.testbed.metrics import exact as score
 from refimpl.testbed.sample import Sample, ask, compose
 from refimpl.testbed.world import NAMES, WORDS
 
-VERSION = 1
+VERSION = 2
 FILLER = "any"
 ANSWER_TOKENS = 66
 
@@ -30,7 +30,7 @@ def sample(
     phrases = {name: " ".join(draw.sample(WORDS, words)) for name in draw.sample(NAMES, needles)}
     told = [f"The pass phrase of {name} is: {phrase}" for name, phrase in phrases.items()]
     turns = [
-        (ask(f"What is the pass phrase of {name}?"), f" {phrases[name]}")
+        (ask(f"What is the pass phrase of {name}?", f"The pass phrase of {name} is:"), f" {phrases[name]}")
         for name in draw.sample(sorted(phrases), needles)
     ]
     return compose(told, turns, length, filler, draw, depth)

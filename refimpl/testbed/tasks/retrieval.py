@@ -1,52 +1,54 @@
-"""A text is cut into numbered passages; given one line of it, which passage has it?"""
+"""A text is cut into numbered passages; one of them is asked for by its number, and its first line told."""
 
-from collections import Counter
 from random import Random
 
 from refimpl.testbed.corpus import Lines
 from refimpl.testbed.metrics import exact as score
 from refimpl.testbed.sample import Sample, ask, count, passage
 
-VERSION = 1
+VERSION = 2
 FILLER = "any"
-ANSWER_TOKENS = 4
+ANSWER_TOKENS = 26
 
 __all__ = ["ANSWER_TOKENS", "FILLER", "VERSION", "guess", "sample", "score"]
 
 PASSAGES = 16  # at most
 SIZE = 48  # tokens of a passage, at least
-LONGEST = 24  # tokens of a line that is asked for
+LONGEST = 24  # tokens of a line that is asked for, at most
 
-HEAD = "Passage {}\n"
-QUESTION = "Which passage has the line: {}"
+HEAD = "Passage {}: "
+QUESTION, LEAD = "How does passage {} begin?", "Passage {}:"
 
 
 def sample(length: int, filler: Lines, draw: Random) -> Sample:
-    """2 to 16 passages of equally many lines; asked for are lines that occur once and are neither short nor long.
+    """2 to 16 passages of equally many lines; asked for are first lines that are neither short nor long.
 
     Raises:
         ValueError: a length in which two passages and a question do not fit.
     """
     asked = max(1, min(4, length // 128))
-    room = length - asked * (LONGEST + count(ask(QUESTION.format("")) + " 16\n"))
+    room = length - asked * (LONGEST + count(_ask(PASSAGES) + "\n"))
     n = draw.randint(2, max(2, min(PASSAGES, room // SIZE)))
-    room -= n * count(HEAD.format(16))
+    room -= n * count(HEAD.format(PASSAGES))
     if room < 2 * SIZE:
         raise ValueError(f"length={length} tokens is too short for two passages and {asked} questions")
     while True:
         lines = passage(filler, room, draw)
-        bounds = [round(i * len(lines) / n) for i in range(n + 1)]
-        where = {line.strip(): i for i in range(n) for line in lines[bounds[i] : bounds[i + 1]]}
-        times = Counter(line.strip() for line in lines)
-        fit = [line for line in where if times[line] == 1 and 8 <= count(line) <= LONGEST]
-        if len(fit) >= asked:
+        starts = [round(i * len(lines) / n) for i in range(n)]
+        first = {i + 1: lines[start].strip() for i, start in enumerate(starts)}
+        fit = [i for i, line in first.items() if 4 <= count(f" {line}") <= LONGEST]
+        if len(fit) >= min(asked, n):
             break
-    context = "".join(HEAD.format(i + 1) + "".join(lines[bounds[i] : bounds[i + 1]]) for i in range(n))
-    chosen = draw.sample(fit, asked)
-    (question, answer), *more = [(ask(QUESTION.format(line)), f" {where[line] + 1}") for line in chosen]
-    return Sample(context, question, answer, tuple(more))
+    for i, start in enumerate(starts, 1):
+        lines[start] = f"{HEAD.format(i)}{first[i]}\n"
+    (question, answer), *more = [(_ask(i), f" {first[i]}") for i in draw.sample(fit, min(asked, n))]
+    return Sample("".join(lines), question, answer, tuple(more))
+
+
+def _ask(number: int) -> str:
+    return ask(QUESTION.format(number), LEAD.format(number))
 
 
 def guess(question: str, draw: Random) -> str:  # noqa: ARG001 - the protocol's
-    """Some number up to that of the longest context's passages."""
-    return str(draw.randint(1, PASSAGES))
+    """A line that is frequent in programs."""
+    return draw.choice(("else:", "try:", "pass", "return None", "return self", "return True", "return False", "raise"))

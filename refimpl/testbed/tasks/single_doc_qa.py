@@ -1,13 +1,13 @@
-"""One text tells what people do, like and own, among other things; one fact is asked for."""
+"""One text tells what people do, like and own, among other things; one fact is asked for, its answer begun as it was told."""
 
 from random import Random
 
 from refimpl.testbed.corpus import Lines
 from refimpl.testbed.metrics import f1 as score
 from refimpl.testbed.sample import Sample, ask, compose
-from refimpl.testbed.world import FACTS, NAMES
+from refimpl.testbed.world import FACTS, NAMES, Fact
 
-VERSION = 1
+VERSION = 2
 FILLER = "any"
 ANSWER_TOKENS = 3
 
@@ -20,8 +20,13 @@ def sample(length: int, filler: Lines, draw: Random) -> Sample:
     pairs = draw.sample([(name, kind) for name in draw.sample(NAMES, max(4, n // 2)) for kind in FACTS], n)
     facts = [(name, FACTS[kind], draw.choice(FACTS[kind].values)) for name, kind in pairs]
     told = [fact.told.format(name=name, value=value) for name, fact, value in facts]
-    turns = [(ask(fact.asked.format(name=name)), f" {value}") for name, fact, value in draw.sample(facts, min(n, 6))]
+    turns = [(_asked(name, fact), f" {value}") for name, fact, value in draw.sample(facts, min(n, 6))]
     return compose(told, turns, length, filler, draw)
+
+
+def _asked(name: str, fact: Fact) -> str:
+    lead = fact.told.removeprefix("- ").partition(" {value}")[0]
+    return ask(fact.asked.format(name=name), lead.format(name=name))
 
 
 def guess(question: str, draw: Random) -> str:

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import taxonomy
 from refimpl.compression.distillation.protocol import (
     BlackBox,
+    Run,
     Sequences,
     WhiteBox,
     check_logits,
@@ -167,9 +168,39 @@ def test_models_of_transformers_are_read_too(white_box, student, teacher):
         def forward(self, tokens):
             return SimpleNamespace(logits=self.model(tokens))
 
-    batch, generator = next(batches()), torch.Generator()
-    expected = white_box.step(student, teacher, batch, generator)
-    assert torch.equal(white_box.step(Wrapped(student), Wrapped(teacher), batch, generator), expected)
+    batch = next(batches())
+    steps = [
+        white_box.step(*models, batch, torch.Generator().manual_seed(1))  # the same draws, where a model writes
+        for models in ((student, teacher), (Wrapped(student), Wrapped(teacher)))
+    ]
+    assert_close(*steps)  # with a cache and without one a model writes the same, up to rounding
+
+
+def test_what_a_run_trains_is_lent_to_the_optimizer_and_taken_back(student, teacher):
+    """Oracle: the optimizer's groups and states before and after; and the matrix, which has moved at the same rate."""
+    matrix = nn.Parameter(torch.zeros(16, 16))
+    asked = []
+
+    class Watching(Run):
+        def step(self, student, teacher, batch, generator):
+            return label_loss(logits_of(student, batch[:, :-1]), batch[:, 1:]) + (matrix - 1).square().mean()
+
+        def parameters(self):
+            return [matrix]
+
+    class Remembering(Copying):
+        def begin(self, student, teacher, steps, generator, unseen=None):
+            asked.append((steps, unseen))
+            return Watching(self)
+
+    optimizer, unseen = torch.optim.AdamW(student.parameters(), lr=0.01), next(batches())
+    distill(student, teacher, Remembering(), optimizer, batches(), 3, torch.Generator(), unseen=unseen)
+    assert asked == [(3, unseen)] and matrix.min() > 0.025  # three steps of 0.01
+    assert len(optimizer.param_groups) == 1 and matrix not in optimizer.state
+    assert len(optimizer.state) == len(list(student.parameters()))
+    with pytest.raises(ValueError, match="batches end"):
+        distill(student, teacher, Remembering(), optimizer, iter([unseen]), 3, torch.Generator())
+    assert len(optimizer.param_groups) == 1  # also after an error
 
 
 def test_a_black_box_method_meets_no_logit(method, student, teacher):

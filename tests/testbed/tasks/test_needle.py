@@ -14,6 +14,7 @@ def test_the_answer_is_the_phrase_word_by_word(words, generator):
         name = re.search(r"pass phrase of (\w+)\?", sample.question)[1]
         (phrase,) = re.findall(rf"^The pass phrase of {name} is: (.*)$", sample.context, re.M)
         assert phrase == sample.answer.strip()
+        assert sample.question.endswith(f"\nAnswer: The pass phrase of {name} is:")
         assert len(set(phrase.split())) == words  # no word twice: what follows a word is never in doubt
 
 

@@ -29,7 +29,9 @@ def test_every_answer_stands_in_the_text_once(generator):
     for sample in tasks.samples("single_doc_qa", 40, 512, generator):
         for question, answer in ((sample.question, sample.answer), *sample.more):
             assert [answer.strip()] == solve(sample.context, question)
-            kinds.add(question.split()[2] + question.split()[-2])
+            lead = question.partition("\nAnswer: ")[2]
+            assert f"- {lead}{answer}." in sample.context.splitlines()  # begun as it was told
+            kinds.add(lead.partition(" ")[2])
     assert len(kinds) >= len(READ) - 1
 
 

@@ -53,7 +53,7 @@ def test_question_and_answer_are_tokens_apart(name, generator):
 
 
 def test_who_has_not_read_the_text_scores_low(name):
-    """Oracle: chance, by counting values: 1/16 at most for one of 16; three parameters share characters."""
+    """Oracle: chance, by counting values: 1/16 for one of 16; three parameters share characters."""
     score = tasks.blind_score(name, 200, 256, torch.Generator().manual_seed(0))
     assert score < {"code_completion": 0.45, "retrieval": 0.15, "summarization": 0.2}.get(name, 0.15)
 

@@ -4,10 +4,9 @@ Source: `gptq` (arXiv 2210.17323), Eq. (2) and (3), Section 4 with Algorithm 1; 
 the updated weights; official code IST-DASLab/gptq@2d65066eeb06a5c9ff5184d8cebdf33662c67faf, gptq.py, for dead columns,
 `act_order` and static groups.
 
-Differs from the paper: the Cholesky factor of the inverse Hessian comes from one factorization of the reversed Hessian instead
-of an inversion between two. The grid of a group counts every update so far; in the official code those of the current block
-of 128 columns are missing from it, where a group begins inside a block. Dead columns count neither in the mean that the
-damping is a share of nor in a channel's grid. Grids are those of `rtn`, scales rounded up to `scale_dtype`. With `act_order`,
+Differs from the paper: the factor of the inverse Hessian is made as `hessian` states. The grid of a group counts every update so
+far; in the official code those of the current block of 128 columns are missing from it, where a group begins inside a block.
+Dead columns do not count in a channel's grid. Grids are those of `rtn`, scales rounded up to `scale_dtype`. With `act_order`,
 groups keep the grids of the original weight (static groups), so that no permutation needs to be stored. Over a model,
 all layers before a layer are compressed when its inputs are taken, those of its own block too (`true-sequential` in the
 official code); the paper takes the inputs of all layers of a block before it quantizes any of them.
@@ -20,11 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refimpl.compression.protocol import check_layer
+from refimpl.compression.hessian import BLOCK, Sweep, inverse_factor, layer_hessian
 from refimpl.compression.quantization.affine import affine_grid, to_groups
 from refimpl.compression.quantization.packed import QuantizedWeight
-
-BLOCK = 128  # columns after which the updates of the remaining ones are applied (Section 4, Step 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +80,8 @@ class GPTQ:
             ValueError: there are no inputs, or all are zero; weight or inputs are misshapen, or hold NaN or infinity; the
                 weight is too large for `scale_dtype`; the damping is too small for these inputs.
         """
-        if inputs is None:
-            raise ValueError("GPTQ needs the layer's inputs: pass `inputs`, or `calibration` to `compress`")
-        check_layer(weight, inputs)
-        hessian = gram(inputs)
-        dead = hessian.diagonal() == 0
-        if dead.all():
-            raise ValueError("inputs are all zero: nothing can be calibrated on them")
-        columns = (
-            weight.float().T.contiguous().masked_fill_(dead[:, None], 0)
-        )  # [in, out]: a column of W is a row of it
+        hessian, dead = layer_hessian("GPTQ", weight, inputs)
+        columns = weight.float().masked_fill(dead, 0).T.contiguous()  # [in, out]: a column of W is a row of it
         size = weight.shape[1] if self.group_size is None else min(self.group_size, weight.shape[1])
         order = hessian.diagonal().argsort(descending=True, stable=True) if self.act_order else None
         factor = inverse_factor(hessian, dead, self.damping, order)
@@ -123,64 +112,18 @@ class GPTQ:
         grids = [self._grid(columns[j : j + size]) for j in range(0, n, size)] if order is not None else []
         visited = range(n) if order is None else order.tolist()
         columns = columns if order is None else columns[order]
-        codes, errors = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
-        for start in range(0, n, block):
-            end = min(start + block, n)
-            for i in range(start, end):
-                before = slice(start, i)
-                if order is None and i % size == 0:  # the group as it stands, this block's errors included
-                    group = slice(i, min(i + size, n))
-                    grids.append(self._grid(columns[group] - factor[before, group].T @ errors[before]))
-                scale, zero = grids[visited[i] // size]
-                scale = scale.float()
-                w = columns[i].addmv(errors[before].T, factor[before, i], alpha=-1)
-                q = torch.round(w / scale).add_(zero).clamp_(0, top)
-                codes[visited[i]] = q
-                torch.sub(w, q.sub_(zero).mul_(scale), out=errors[i]).div_(factor[i, i])
-            columns[end:].addmm_(factor[start:end, end:].T, errors[start:end], alpha=-1)
+        codes = torch.empty_like(columns, dtype=torch.uint8)
+        for i, sweep in enumerate(Sweep(columns, factor, block)):
+            if order is None and i % size == 0:  # the group as it stands, this block's errors included
+                grids.append(self._grid(sweep.current(slice(i, min(i + size, n)))))
+            scale, zero = grids[visited[i] // size]
+            scale = scale.float()
+            q = torch.round(sweep.column / scale).add_(zero).clamp_(0, top)
+            codes[visited[i]] = q
+            sweep.settle(q.sub_(zero).mul_(scale))
         return codes, torch.stack([scale for scale, _ in grids]), torch.stack([zero for _, zero in grids])
 
     def _grid(self, group: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each channel, `[out]`, for columns `[size, out]`."""
         low, high = group.aminmax(dim=0)
         return affine_grid(low, high, self.bits, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
-
-
-def gram(inputs: Tensor) -> Tensor:
-    """$X^T X$, `[in, in]`, float32, of inputs `[n, in]`: half the Hessian of the layer's squared error (Section 3)."""
-    inputs = inputs.float()
-    return inputs.T @ inputs
-
-
-def inverse_factor(hessian: Tensor, dead: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
-    r"""$U$, upper triangular, with $(H + \lambda I)^{-1} = U^\top U$ (Section 4, Step 3).
-
-    With the order of columns reversed, $H = LL^\top$ reads $H = RR^\top$ in the right order, R upper triangular, and
-    $U = R^{-1}$.
-
-    Args:
-        hessian: `[in, in]`.
-        dead: `[in]`, columns without input, which stand alone.
-        damping: $\lambda$ as a share of the mean of the other columns' diagonal.
-        order: rows and columns are taken in this order.
-
-    Raises:
-        ValueError: H is not positive definite.
-
-    Examples:
-        >>> inverse_factor(torch.diag(torch.tensor([4.0, 16.0])), torch.tensor([False, False]), damping=0.0).tolist()
-        [[0.5, 0.0], [0.0, 0.25]]
-    """
-    diagonal = hessian.diagonal()
-    mean = diagonal[~dead].mean()
-    damped = hessian + torch.diag(damping * mean + dead * mean)
-    if order is not None:
-        damped = damped[order][:, order]
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    if failed:
-        raise ValueError(
-            f"damping={damping} leaves the Hessian of these inputs singular: raise it (0.01 is the paper's), or give more rows"
-        )
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return factor
