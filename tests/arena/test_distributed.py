@@ -9,7 +9,8 @@ from refimpl.pretraining.system_level.zero import ZeRO
 
 
 def conditions(processes=2):
-    return Conditions(generator=torch.Generator().manual_seed(4), axes={"processes": processes}, quick=True)
+    """With seed 4, one gradient lies within float32's rounding of 0, and Adam takes its sign for a step: a difference of 1e-3."""
+    return Conditions(generator=torch.Generator().manual_seed(1), axes={"processes": processes}, quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def test_bytes_by_hand(rows):
 
 
 def test_all_train_the_same_model(rows):
-    """Oracle: one process in float32. Other seeds give 3e-5; here a gradient near 0 takes the other sign, and Adam's step with it."""
-    assert all(row["difference"] < 5e-3 for row in rows.values())
+    """Oracle: one process in float32; Adam's step is the gradient's sign where that is near 0, so that rounding shows."""
+    assert all(row["difference"] < 1e-3 for row in rows.values())
     assert rows[3]["passing_bytes"] > 0
 
 
