@@ -1,6 +1,7 @@
 """Fixtures every test may use, and the option that collects measured claims."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Two workers with two threads each on two cores wait for each other: tiny products take many times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for name in ("claim", "peer"):
         path = config.getoption(f"--{name}s-to")
         if path and not hasattr(config, "workerinput"):
