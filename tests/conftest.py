@@ -75,6 +75,12 @@ def small_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write(tmp_path / "checkout")
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What draws from the global source, as `transformers` does for new weights, draws the same whatever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A seeded source of randomness, new for each test."""

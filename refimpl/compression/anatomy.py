@@ -224,13 +224,18 @@ def rescale_(model: nn.Module, feed: Feed, scale: Tensor) -> None:
     )
     divisor = torch.where(used, scale, 1.0)
     made = weight_of(producer) if is_linear(producer) else _norm_weight(producer)
-    made.copy_((made.float() / (divisor[:, None] if made.ndim == 2 else divisor)).to(made.dtype))
+    made.copy_(_widened(made) / (divisor[:, None] if made.ndim == 2 else divisor))
     bias = getattr(producer, "bias", None)
     if bias is not None:
-        bias.copy_((bias.float() / divisor).to(bias.dtype))
+        bias.copy_(_widened(bias) / divisor)
     for name in feed.consumers:
         weight = weight_of(_linear(model, name))
-        weight.copy_((weight.float() * scale[feed.source.to(scale.device)]).to(weight.dtype))
+        weight.copy_(_widened(weight) * scale[feed.source.to(scale.device)])
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Half precision in float32, all else as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _has(block: nn.Module, parts: tuple[str | None, ...]) -> bool:

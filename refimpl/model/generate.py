@@ -2,7 +2,7 @@ r"""Decoding token by token: greedy, or sampled at a temperature.
 
 Source: none, the textbook's loop. Differs from transformers' `generate`: returns the new tokens only.
 
-Not here: beams, top-k and top-p, penalties; speculative decoding is in `refimpl/inference/decoding`.
+Not here: beams (`beam`), top-k and top-p, penalties; speculative decoding is in `refimpl/inference/decoding`.
 """
 
 from collections.abc import Collection

@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refimpl.model.beam import beam_search
 from refimpl.model.generate import generate
 from refimpl.model.model import Decoder
 from refimpl.model.train import train
@@ -64,8 +65,8 @@ class Sequences:
 class Write(Protocol):
     """All that a black-box method can do with a teacher."""
 
-    def __call__(self, prompts: Tensor, n: int, *, temperature: float = 0.0) -> Tensor:
-        """Text of n tokens after prompts `[batch, time]`: `[batch, n]`."""
+    def __call__(self, prompts: Tensor, n: int, *, temperature: float = 0.0, beams: int | None = None) -> Tensor:
+        """Text of n tokens after prompts `[batch, time]`: `[batch, n]`; with beams, the likeliest first `[batch, beams, n]`."""
         ...
 
 
@@ -207,9 +208,13 @@ def distill(
 def writer(teacher: nn.Module, generator: torch.Generator) -> Write:
     """A function that has the teacher write, and gives away nothing else of it."""
 
-    def write(prompts: Tensor, n: int, *, temperature: float = 0.0) -> Tensor:
+    def write(prompts: Tensor, n: int, *, temperature: float = 0.0, beams: int | None = None) -> Tensor:
         if not isinstance(teacher, Decoder):
             raise ValueError(f"teacher={type(teacher).__name__} can't write: pass a refimpl.model Decoder")
+        if beams is not None:
+            if temperature != 0:
+                raise ValueError(f"beams={beams} take the likeliest tokens: leave temperature={temperature} out")
+            return beam_search(teacher, prompts, n, beams).tokens
         return generate(teacher, prompts, n, temperature=temperature, generator=generator)
 
     return write

@@ -82,6 +82,12 @@ def quantize(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return codes.clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
+def nearest(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The levels of each group's grid that are nearest to `[groups, size]`, float32: `dequantize` of `quantize`."""
+    step, zero = scale.float()[:, None], zero[:, None]
+    return (groups.float() / step).round_().clamp_(-zero, 2**bits - 1 - zero).mul_(step)
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Values of codes `[groups, size]`, float32."""
     values = codes.to(torch.float32, copy=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from refimpl.compression.quantization.affine import affine_grid
+from refimpl.compression.quantization.observers import mse_range
 
 NORM = 2.4  # exponent of the error in both official codes
 
@@ -44,18 +45,16 @@ def shrunk_grid(
         >>> shrunk_grid(torch.tensor([[1.0, 1.0, 1.0, 2.0]]), 1, symmetric=False, scale_dtype=torch.float32)[0] < 1.5
         tensor([True])
     """
-    groups = groups.float()
-    low, high = groups.aminmax(dim=1)
-    scale, zero = affine_grid(low, high, bits, symmetric=symmetric, scale_dtype=scale_dtype)
-    least = _score(groups, scale, zero, bits)
-    for i in range(1, steps * 4 // 5):
-        share = 1 - i / steps
-        tried, at = affine_grid(share * low, share * high, bits, symmetric=symmetric, scale_dtype=scale_dtype)
-        score = _score(groups, tried, at, bits)
-        better = score < least
-        scale, zero = torch.where(better, tried, scale), torch.where(better, at, zero)
-        least = torch.minimum(score, least)
-    return scale, zero
+    low, high = mse_range(
+        groups,
+        bits,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+        norm=NORM,
+        steps=steps,
+        least=steps - steps * 4 // 5 + 1,
+    )
+    return affine_grid(low, high, bits, symmetric=symmetric, scale_dtype=scale_dtype)
 
 
 def moved_grid(groups: Tensor, bits: int, *, scale_dtype: torch.dtype, steps: int = 100) -> tuple[Tensor, Tensor]:

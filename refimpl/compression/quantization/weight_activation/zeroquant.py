@@ -15,8 +15,7 @@ the loss.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -26,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refimpl.compression.anatomy import BlockParts, anatomy
+from refimpl.compression.block_inputs import Given, block_inputs, hidden_states, to_float
 from refimpl.compression.blocks import find_blocks
-from refimpl.compression.calibration import batches_of, call
+from refimpl.compression.calibration import batches_of
 from refimpl.compression.protocol import CompressedLinear, M, check_layer
 from refimpl.compression.quantization.activations import Activations, IntegerWeight, absmax_scale
 from refimpl.model.linear import is_linear, weight_of
@@ -98,7 +98,7 @@ class ZeroQuant:
             self._compress(blocks[i], f"{name}.{i}.", parts[i], given)
         return small
 
-    def _compress(self, block: nn.Module, prefix: str, part: BlockParts, given: "list[Given]") -> None:
+    def _compress(self, block: nn.Module, prefix: str, part: BlockParts, given: list[Given]) -> None:
         """Replace a block's linear layers, distilled where there is data, in place."""
         bits = {
             layer.removeprefix(prefix): self.attention_bits if layer in (part.q, part.k, part.v, part.o) else self.bits
@@ -113,7 +113,7 @@ class ZeroQuant:
             bias = None if learner.bias is None else learner.bias.detach().to(before.bias.dtype)
             _replace(block, name, CompressedLinear(learner.held(dtypes[name]), bias))
 
-    def _distil(self, block: nn.Module, learners: "dict[str, Learner]", given: "list[Given]", where: str) -> None:
+    def _distil(self, block: nn.Module, learners: "dict[str, Learner]", given: list[Given], where: str) -> None:
         r"""Train the quantized block towards $\|L_k(x) - \hat L_k(x)\|^2$, and put what is not a linear layer back in the block.
 
         Weights, biases and norms learn, in float32.
@@ -130,18 +130,13 @@ class ZeroQuant:
                     raise ValueError(
                         f"the calibration data makes NaN or infinity in the output of block {where[:-1]!r}"
                     )
-                loss = F.mse_loss(_first(student(x.float(), *_float(args), **_float(kwargs))), y.float())
+                loss = F.mse_loss(hidden_states(student(x.float(), *to_float(args), **to_float(kwargs))), y.float())
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
         for name, parameter in block.named_parameters():
             if name.rpartition(".")[0] not in learners:
                 parameter.copy_(student.get_parameter(name))
-
-
-Given = tuple[
-    Tensor, Tensor, tuple[Any, ...], dict[str, Any]
-]  # a block's input, its output, and what else it is called with
 
 
 class Learner(nn.Module):
@@ -203,64 +198,6 @@ def group_round(weight: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]
     largest = F.pad(weight.abs().amax(dim=1).float(), (0, -len(weight) % rows)).view(-1, rows).amax(dim=1)
     scale = absmax_scale(largest, bits).repeat_interleave(rows)[: len(weight)]
     return (weight.float() / scale[:, None]).round_(), scale
-
-
-def block_inputs(model: nn.Module, name: str, batches: list[Any]) -> Iterator[list[Given]]:
-    """What each block gets and returns, batch by batch; a block is run before it is given out, and may be changed then.
-
-    Args:
-        model: a decoder, whose blocks run one after the other.
-        name: of its list of blocks.
-        batches: what it is called with.
-
-    Raises:
-        ValueError: the model can't take a batch.
-    """
-    blocks = model.get_submodule(name)
-    assert isinstance(blocks, nn.ModuleList)
-    calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in blocks]
-    streams: list[Tensor] = []
-
-    def watch(place: int) -> Any:
-        def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            kwargs = {key: _no_cache(value) for key, value in kwargs.items()}
-            x = args[0] if args else kwargs.pop("hidden_states")
-            if place == 0:
-                streams.append(x.clone())
-            calls[place].append((tuple(map(_no_cache, args[1:])), kwargs))
-
-        return note
-
-    with ExitStack() as hooks:
-        for place, block in enumerate(blocks):
-            hooks.enter_context(block.register_forward_pre_hook(watch(place), with_kwargs=True))
-        for i, batch in enumerate(batches):
-            call(model, batch, i)
-    for block, others in zip(blocks, calls, strict=True):
-        outputs = [_first(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(streams, others, strict=True)]
-        yield [(x, y, *other) for x, y, other in zip(streams, outputs, others, strict=True)]
-        streams = outputs
-
-
-def _no_cache(value: Any) -> Any:
-    """A block's argument, but for transformers' cache of keys and values, which a second run would lengthen."""
-    return None if hasattr(value, "get_seq_length") else value
-
-
-def _first(output: Any) -> Tensor:
-    """The hidden states of what a block returned."""
-    hidden = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(hidden, Tensor)
-    return hidden
-
-
-def _float(value: Any) -> Any:
-    """The same with all floating-point tensors in float32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(map(_float, value))
-    return {key: _float(part) for key, part in value.items()} if type(value) is dict else value
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

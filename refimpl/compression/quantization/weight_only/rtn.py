@@ -79,9 +79,8 @@ class RTN:
         """
         check_layer(weight)
         groups = to_groups(weight, self.granularity, self.group_size)
-        scale, zero = affine_grid(
-            groups.amin(dim=1), groups.amax(dim=1), self.bits, symmetric=self.symmetric, scale_dtype=self.scale_dtype
-        )
+        low, high = self.covered(groups)
+        scale, zero = affine_grid(low, high, self.bits, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
         return QuantizedWeight(
             quantize(groups, scale, zero, self.bits),
             scale,
@@ -91,3 +90,7 @@ class RTN:
             shape=(weight.shape[0], weight.shape[1]),
             dtype=weight.dtype,
         )
+
+    def covered(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The range that each group's grid covers, `[groups]` twice: all of it; methods that clip narrow it."""
+        return groups.amin(dim=1), groups.amax(dim=1)

@@ -201,29 +201,24 @@ def trained():
     return model.eval(), tokens, torch.randint(0, 16, (3000,), generator=generator)
 
 
-def left(text, bits=3):
+def left(text):
     """Share of the perplexity lost by rounding that is left with distillation on a text, at 1/50 of the training's rate.
 
-    Weights have 3 bits: at W4/8 this small model loses 2 %, which is within the noise of its rounding.
+    Weights have 3 bits: at W4/8 this small model loses 1 to 2 %, which is within the scatter of its rounding.
     """
     model, tokens, noise = trained()
     batches = list(torch.split({"own": tokens, "random": noise}[text][:2560].view(-1, 32), 16))
-    held_out, method = tokens[3000:], {"bits": bits, "attention_bits": 3 if bits == 3 else 8, "groups": 4}
+    held_out, method = tokens[3000:], {"bits": 3, "attention_bits": 3, "groups": 4}
     plain = ZeroQuant(steps=0, **method)(model)
     distilled = ZeroQuant(learning_rate=1e-4, **method)(model, batches)
     best, before, after = (perplexity(m, held_out, 32) for m in (copy.deepcopy(model), plain, distilled))
-    assert before > (1.1 if bits == 3 else 1.0) * best
+    assert before > 1.1 * best
     return (after - best) / (before - best)
 
 
 def test_claim_distillation_repairs(claim):
     """Perplexity lost at W3A8 that is still lost after LKD on text like the training text; a model trained for seconds."""
     claim("zeroquant", "distillation-repairs", left("own"))
-
-
-def test_claim_distillation_repairs_four_bits(claim):
-    """The same in the paper's own setting, W4/8, where this model loses little."""
-    claim("zeroquant", "distillation-repairs-four-bits", left("own", bits=4))
 
 
 def test_claim_random_data_suffices(claim):
