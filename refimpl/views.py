@@ -47,7 +47,11 @@ def category_view(tree: Taxonomy, category: Category) -> RenderableType:
     """A category's page for the terminal."""
     head = Text.assemble((category.name, "bold"), "\n", (category.summary, "italic"), "\n")
     tail = Text(f"{len(tree.reading_list(category.id))} papers: effllm papers -c {category.id}", style="dim")
-    return Group(head, _prose(category.text), "", methods_view(tree.find(category=category.id)), tail)
+    questions: list[RenderableType] = []
+    for question in category.questions:
+        questions += [Text(question.asks, style="bold"), _prose(question.answer)]
+        questions += [Text(f"  {name}", style="dim") for name in question.claims] + [Text("")]
+    return Group(head, _prose(category.text), "", *questions, methods_view(tree.find(category=category.id)), tail)
 
 
 def method_view(tree: Taxonomy, method: Method) -> RenderableType:

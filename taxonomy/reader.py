@@ -475,6 +475,19 @@ def _check_categories(reading: Reading) -> None:
         for i, heading in enumerate(category.survey_path):
             if reading.survey and heading not in reading.survey:
                 document.report(("survey_path", i), f"unknown heading {heading!r}{near(heading, reading.survey)}")
+    _check_questions(reading)
+
+
+def _check_questions(reading: Reading) -> None:
+    known = {f"{method.id}/{claim.id}" for method in reading.methods.values() for claim in method.claims}
+    broken = reading.named["methods"] - reading.methods.keys()
+    for key, category in reading.categories.items():
+        document, _ = reading.origin["categories", key]
+        for i, question in enumerate(category.questions):
+            unread = {
+                name for name in question.claims if name.partition("/")[0] in broken
+            }  # their file has its own problem
+            _refer(document, ("questions", i, "claims"), question.claims, known | unread, "claim", "effllm claims")
 
 
 def _check_papers(reading: Reading) -> None:

@@ -175,6 +175,16 @@ class Method(MethodFile, frozen=True, kw_only=True):
         return getattr(importlib.import_module(self.module), self.impl)
 
 
+class Question(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A question about a whole family that measured claims of its methods answer."""
+
+    asks: Annotated[Line, Meta(description="As somebody would ask who has to choose.")]
+    answer: Annotated[str, Meta(min_length=40, description="What the claims show together, and where that ends.")]
+    claims: Annotated[
+        list[str], Meta(min_length=1, description="Claims that answer it: `wanda/rows-beat-layers`, in reading order.")
+    ]
+
+
 class CategoryFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """An inner node of the tree: the `_category.yaml` of its folder."""
 
@@ -183,6 +193,7 @@ class CategoryFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     text: Annotated[str, Meta(min_length=300, description="What it is about, what its methods trade, how they differ.")]
     order: Annotated[int, Meta(ge=1, description="Place among its siblings.")]
     survey_path: Annotated[list[str], Meta(description="Headings of the survey's online list that it stands for.")] = []
+    questions: Annotated[list[Question], Meta(description="Questions that running its methods answers.")] = []
 
 
 class Category(CategoryFile, frozen=True, kw_only=True):

@@ -48,6 +48,13 @@ claims:
 arena: {weights: {bits: [4], group_size: [32]}}
 """
 
+QUESTIONS = """\
+questions:
+- asks: How far does a weight move?
+  answer: By half a step at most, whatever the group, as the claim below measures.
+  claims: [rtn/error-bound]
+"""
+
 FILES = {
     "survey.yaml": "compression: Model compression\ncompression/quantization: Quantization\nfinetuning: Fine-tuning\n",
     "papers/2018.yaml": _paper("rtn-2018", "Integers & more: 5% of $100_x", "CVPR", LAYERS, "  arxiv: '1712.05877'\n"),
@@ -59,7 +66,7 @@ FILES = {
     + _paper("qlora", "QLoRA", "NeurIPS", "finetuning", ""),
     "compression/_category.yaml": _category("Compression", 1, "survey_path: [compression]\n"),
     "compression/quantization/_category.yaml": _category("Quantization", 1),
-    f"{LAYERS}/_category.yaml": _category("Weights only", 1),
+    f"{LAYERS}/_category.yaml": _category("Weights only", 1, QUESTIONS),
     "finetuning/_category.yaml": _category("Fine-tuning", 2),
     "systems/_category.yaml": _category("Systems", 3),
     "systems/frameworks/_category.yaml": _category("Frameworks", 1),

@@ -26,7 +26,7 @@ from markupsafe import Markup
 import taxonomy
 from refimpl import plots, results
 from refimpl.views import sheets
-from taxonomy import Category, Facets, Framework, InvalidTaxonomy, Method, Taxonomy
+from taxonomy import Category, Claim, Facets, Framework, InvalidTaxonomy, Method, Taxonomy
 from taxonomy import graph as graphs
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +128,11 @@ class Site:
         """Methods beside other projects' implementations, as `python -m tools.peers` measured them."""
         rows: list[dict[str, Any]] = self.documents.get("peers", {}).get("peers", [])
         return rows
+
+    def claim(self, name: str) -> tuple[Method, Claim]:
+        """A claim by its full name, `wanda/rows-beat-layers`, and its method."""
+        method, _, claim = name.partition("/")
+        return self.tree.methods[method], next(c for c in self.tree.methods[method].claims if c.id == claim)
 
     def facet(self, method: Method, name: str) -> Any:
         """One facet of a method."""

@@ -151,6 +151,12 @@ BROKEN = {
         "[¶compresion]",
         "unknown heading 'compresion'; did you mean 'compression'?",
     ),
+    "unknown claim of a question": (
+        f"{LAYERS}/_category.yaml",
+        "[rtn/error-bound]",
+        "[¶rtn/error-bond]",
+        "unknown claim 'rtn/error-bond'; did you mean 'rtn/error-bound'?",
+    ),
     "unknown heading of a paper": (
         PAPERS,
         "- compression/quantization\n",

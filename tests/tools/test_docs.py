@@ -275,3 +275,18 @@ def test_reading_lists_have_a_line_for_each_paper(tree, tmp_path):
         items = [line for line in rest.splitlines() if line.startswith("- [")]
         assert len(items) == len(tree.reading_list(category.id)), category.id
         assert bool(heading) == bool(items)
+
+
+def test_a_category_shows_its_questions_with_what_the_claims_measured(small_tree, tmp_path):
+    """Oracle: the small tree's question, and a measured value made up here, and none."""
+    row = {"method": "rtn", "claim": "error-bound", "value": 0.4321, "holds": True}
+    site = docs.Site(small_tree.parent, tmp_path / "out", taxonomy.load(small_tree), {"claims": {"claims": [row]}})
+    site.write_all()
+    page = (tmp_path / "out" / "survey" / LAYERS / "index.md").read_text()
+    assert "### How far does a weight move?" in page and "By half a step at most" in page
+    (measured,) = [line for line in page.splitlines() if "No weight moves by more than half a step." in line]
+    assert "[RTN](rtn.md)" in measured and "| 0.4321 | holds |" in measured
+    docs.Site(small_tree.parent, tmp_path / "none", taxonomy.load(small_tree), {}).write_all()
+    before = (tmp_path / "none" / "survey" / LAYERS / "index.md").read_text()
+    assert before == page.replace("| 0.4321 | holds |", "| not yet |  |")
+    assert "Settled by running" not in (tmp_path / "out" / "survey" / "finetuning" / "index.md").read_text()
