@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from refimpl import testbed
 from refimpl.arena.protocol import Conditions, Metric, clock
 from refimpl.compression.protocol import CompressedLinear, CompressedWeight, apply
+from refimpl.memory import peak_of
 from refimpl.model.linear import is_linear
 from refimpl.model.model import Decoder
 from refimpl.model.train import perplexity
@@ -27,9 +28,9 @@ TASKS = ("single_doc_qa", "few_shot", "retrieval")
 
 ABOUT = (
     "The testbed's model in 16 bit, compressed with 64 windows of 256 tokens of training text: perplexity on held-out text, "
-    "mean score on three tasks, bytes held, and the time to compress."
+    "mean score on three tasks, bytes held, and the time and memory that compressing takes."
 )
-VERSION = 1
+VERSION = 2
 METRICS = (
     Metric("perplexity", "per token of held-out text", "lower"),
     Metric("score", "mean of three tasks, 0 to 1", "higher"),
@@ -37,6 +38,7 @@ METRICS = (
     Metric("bytes", "bytes of the whole model", "lower"),
     Metric("compression", "times fewer bytes than the whole model in 16 bit", "higher"),
     Metric("seconds", "seconds to compress", "lower", exact=False),
+    Metric("peak_bytes", "bytes that compressing takes at its peak, beside the model itself", "lower", exact=False),
 )
 BASELINE = "16 bit"
 AXES: dict[str, tuple[Any, ...]] = {}
@@ -73,8 +75,9 @@ def baseline(conditions: Conditions) -> dict[str, float]:
     """The model as it is, in bfloat16."""
     given = substrate(conditions)
     start = clock(conditions.device)
-    model = copy.deepcopy(given.subject.model)
-    return _figures(given, model, clock(conditions.device) - start)
+    with peak_of(conditions.device) as peak:
+        model = copy.deepcopy(given.subject.model)
+    return _figures(given, model, clock(conditions.device) - start, peak.bytes)
 
 
 def measure(implementation: Any, settings: dict[str, Any], conditions: Conditions) -> dict[str, float]:
@@ -82,12 +85,13 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
     method = implementation(**settings)
     given = substrate(conditions)
     start = clock(conditions.device)
-    model = apply(method, given.subject.model, given.calibration)
-    return _figures(given, model, clock(conditions.device) - start)
+    with peak_of(conditions.device) as peak:
+        model = apply(method, given.subject.model, given.calibration)
+    return _figures(given, model, clock(conditions.device) - start, peak.bytes)
 
 
 @torch.no_grad()
-def _figures(given: Substrate, model: Decoder, seconds: float) -> dict[str, float]:
+def _figures(given: Substrate, model: Decoder, seconds: float, peak_bytes: int) -> dict[str, float]:
     held = stored_bytes(model)
     layer_bytes = sum(
         stored_bytes(layer)
@@ -103,6 +107,7 @@ def _figures(given: Substrate, model: Decoder, seconds: float) -> dict[str, floa
         "bytes": held,
         "compression": stored_bytes(given.subject.model) / held,
         "seconds": seconds,
+        "peak_bytes": peak_bytes,
     }
 
 
