@@ -114,6 +114,12 @@ def claim(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, float]
 
 
 @pytest.fixture
+def measured_layer(request: pytest.FixtureRequest) -> tuple[int, int, int]:
+    """Outputs, inputs and calibration rows of the layer that two implementations are held together on: large where they are timed."""
+    return (2048, 2048, 4096) if request.config.getoption("--peers-to") else (256, 256, 512)
+
+
+@pytest.fixture
 def peer(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """`peer("lora", "peft", "a layer of 512", ours, theirs, within=1e-5)`: hold two calls' results together.
 

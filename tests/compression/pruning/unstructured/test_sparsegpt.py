@@ -231,15 +231,15 @@ def test_a_singular_hessian_is_refused():
 
 
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
-def test_beside_the_authors_procedure(sparsity, peer, generator):
+def test_beside_the_authors_procedure(sparsity, peer, measured_layer, generator):
     """Oracle: their procedure in plain PyTorch; there is no package of it. In float32 a weight whose cost is nearly that of the
     next may fall either way, and so the output's errors are compared."""
-    weight, inputs = layer(generator, 512, 512, 1024, torch.float32)
+    weight, inputs = layer(generator, *measured_layer, torch.float32)
     pattern = pattern_of(sparsity)
     peer(
         "sparsegpt",
         "torch",
-        f"prune a layer of 512 by 512 with 1024 inputs, {sparsity}: relative output error; ours packs what is left",
+        f"prune {measured_layer[0]} by {measured_layer[1]} with {measured_layer[2]} inputs, {sparsity}: relative output error; ours packs what is left",
         lambda: torch.tensor(error(weight, SparseGPT(sparsity=sparsity)(weight, inputs).dense(), inputs)),
         lambda: torch.tensor(error(weight, plain(weight, inputs, 0.5, pattern), inputs)),
         within=1e-4,

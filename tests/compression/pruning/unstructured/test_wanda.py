@@ -157,14 +157,14 @@ def test_bad_layers_are_refused(inputs, message):
 
 
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
-def test_beside_the_authors_procedure(sparsity, peer, generator):
+def test_beside_the_authors_procedure(sparsity, peer, measured_layer, generator):
     """Oracle: their procedure in plain PyTorch; there is no package of it."""
-    weight, inputs = layer(generator, 1024, 1024, 2048)
+    weight, inputs = layer(generator, *measured_layer)
     pattern = (2, 4) if sparsity == "2:4" else None
     peer(
         "wanda",
         "torch",
-        f"prune a layer of 1024 by 1024 with 2048 inputs, {sparsity}; ours packs what is left",
+        f"prune {measured_layer[0]} by {measured_layer[1]} with {measured_layer[2]} inputs, {sparsity}; ours packs what is left",
         lambda: Wanda(sparsity=sparsity)(weight, inputs).dense(),
         lambda: plain(weight, inputs, 0.5, pattern),
         within=0,

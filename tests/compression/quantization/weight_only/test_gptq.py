@@ -240,6 +240,48 @@ def test_with_a_model_merged_from_lora(generator):
     assert off[0] < off[1] < expected.norm() / 2
 
 
+def plain(weight, inputs, bits=4, size=128, block=128):
+    """The authors' procedure in plain PyTorch: Hessian, twice Cholesky, blocks of columns, one column after the other."""
+    hessian = 2 / len(inputs) * inputs.T @ inputs
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    left, result = weight.clone(), torch.zeros_like(weight)
+    for start in range(0, weight.shape[1], block):
+        part, off = (
+            left[:, start : start + block].clone(),
+            torch.zeros(len(weight), min(block, weight.shape[1] - start)),
+        )
+        inner = factor[start : start + block, start : start + block]
+        for i in range(part.shape[1]):
+            if (start + i) % size == 0:
+                group = part[:, i : i + size] if size <= block else left[:, start + i : start + i + size]
+                low, high = group.amin(dim=1).clamp(max=0), group.amax(dim=1).clamp(min=0)
+                scale = (high - low) / (2**bits - 1)
+                zero = torch.round(-low / scale)
+            column = part[:, i]
+            q = scale * (torch.clamp(torch.round(column / scale) + zero, 0, 2**bits - 1) - zero)
+            result[:, start + i] = q
+            off[:, i] = (column - q) / inner[i, i]
+            part[:, i:] -= off[:, i : i + 1] @ inner[i : i + 1, i:]
+        left[:, start + block :] -= off @ factor[start : start + block, start + block :]
+    return result
+
+
+def test_beside_the_authors_procedure(peer, measured_layer, generator):
+    """Oracle: their procedure in plain PyTorch; there is no package of it that runs here. In float32 a weight halfway between two
+    levels may fall either way, and all after it; so the output's errors are compared."""
+    weight, inputs = layer(generator, *measured_layer)
+    method = GPTQ(bits=4, group_size=128, scale_dtype=torch.float32)
+    peer(
+        "gptq",
+        "torch",
+        f"quantize {weight.shape[0]} by {weight.shape[1]} with {len(inputs)} inputs, 4 bits in groups of 128: relative output error; ours packs",
+        lambda: torch.tensor(error(weight, method(weight, inputs).dense(), inputs)),
+        lambda: torch.tensor(error(weight, plain(weight, inputs), inputs)),
+        within=1e-3,
+    )
+
+
 def test_claim_beats_rtn(claim, generator):
     """Output error over that of round-to-nearest, 3 bits a channel, on the arena's layer."""
     weight, inputs = substrate(generator)

@@ -90,6 +90,21 @@ def test_beside_torchao(bits, peer, generator):
     )
 
 
+def test_a_product_with_one_row_beside_float32(peer, measured_layer, generator):
+    """Oracle: PyTorch's product with the same weight, unpacked beforehand. It reads eight times the bytes, and computes less."""
+    weight, row = randn(*measured_layer[:2], generator=generator), randn(1, measured_layer[1], generator=generator)
+    packed = RTN(bits=4, group_size=128)(weight)
+    dense = packed.dense()
+    peer(
+        "rtn",
+        "torch",
+        f"one row times a packed 4-bit weight, {measured_layer[0]} by {measured_layer[1]}, beside the same weight in float32",
+        lambda: packed.multiply(row),
+        lambda: torch.nn.functional.linear(row, dense),
+        within=1e-3,  # sums of some thousand float32 products of size 1
+    )
+
+
 @pytest.mark.parametrize(("bits", "bytes_per_group"), [(4, 16 + 2 + 0.5), (3, 12 + 2 + 0.375), (2, 8 + 2 + 0.25)])
 def test_bytes_by_formula(bits, bytes_per_group, generator):
     """Oracle: arithmetic. A group of 32 holds 32 * bits of codes, 16 bits of scale, `bits` of zero point."""
