@@ -50,9 +50,10 @@ def baseline(conditions: Conditions) -> dict[str, float]:
 
 
 def measure(implementation: Any, settings: dict[str, Any], conditions: Conditions) -> dict[str, float]:
-    """The weight compressed by `implementation(**settings)`."""
+    """The weight compressed by `implementation(**settings)`; a method of whole models takes part by its `layer`, if it has one."""
     weight, inputs = _on_device(conditions)
     method = implementation(**settings)
+    method = getattr(method, "layer", method)
     compressed, seconds = _median_time(lambda: method(weight, inputs), conditions)
     return _figures(weight, inputs, compressed.dense(), compressed.read(inputs), compressed.nbytes, seconds)
 

@@ -40,17 +40,17 @@ library_name: transformers
 
 # The testbed of effllm
 
-A Llama-shaped model of {parameters:,} parameters on which the survey's methods are run: {config}. Context {length} tokens, a
+A model of the Llama family of {parameters:,} parameters, shaped as Qwen2, on which the survey's methods are run: {config}. Context {length} tokens, a
 tokenizer of 2,048 entries with single digits. Stored in bfloat16, {bytes:.1f} MB; loads in `transformers` with the same logits.
 
 **Data.** The sources and the documentation of CPython {python}'s standard library (every twentieth file held out, by its name) and
 the seven tasks of `refimpl/testbed/tasks`, drawn anew in every step around that text.
 
 **Training.** `python -m refimpl.testbed.train`, seed {seed}: {steps:,} steps of {row_tokens:,} tokens, {tokens:.0f} million in all: {stages};
-copies are rows of random tokens that repeat themselves, from which looking up what came next is learnt. Muon for the matrices, AdamW for the
-rest, bfloat16 autocast. The loss is the mean over the steps since the row before, in nats, answers
-weighing {weight:g} times the text around them; the scores are shares of answers right in every token, by teacher forcing, at the
-longest of these lengths. {remark}
+copies are rows of random tokens that repeat themselves. The weights it starts from hold a circuit that copies (`refimpl/testbed/start.py`),
+which is trained with all the rest. Muon for the matrices, AdamW for the rest, bfloat16 autocast. The loss is the mean over the steps since the
+row before, in nats: that of answers plus that of all other tokens; the scores are shares of answers right in every token, by teacher
+forcing, at the longest of these lengths. {remark}
 
 {curve}
 
@@ -76,7 +76,7 @@ def card(model: Decoder, found: dict[str, dict[str, float]], text_perplexity: fl
         parameters=sum(p.numel() for p in model.parameters()),
         config=(
             f"{config.n_layers} layers, d_model {config.d_model}, {config.n_heads} heads of {config.head_dim} over "
-            f"{config.n_kv_heads} key heads, SwiGLU of {config.d_ff}, RoPE, tied embeddings"
+            f"{config.n_kv_heads} key heads with biases, SwiGLU of {config.d_ff}, RoPE of base {config.rope.theta:,.0f}, tied embeddings"
         ),
         length=length,
         bytes=(testbed.CHECKPOINT / "model.safetensors").stat().st_size / 1e6,
@@ -87,7 +87,6 @@ def card(model: Decoder, found: dict[str, dict[str, float]], text_perplexity: fl
         tokens=stored["log"][-1]["step"] * train.ROW_TOKENS / 1e6,
         stages=", then ".join(_stage(**stage) for stage in stored["stages"]),
         remark=stored["remark"],
-        weight=train.ANSWER_WEIGHT / train.OTHER_WEIGHT,
         curve=_table([_rounded(row) for row in stored["log"]]),
         n=n,
         cut=CUT,

@@ -1,15 +1,14 @@
-"""Train the testbed's model: `python -m refimpl.testbed.train`. About two hours on two cores; it resumes where it was stopped.
+"""Train the testbed's model: `python -m refimpl.testbed.train`. About an hour and a half on two cores; it resumes where it was stopped.
 
-A step sees rows of real text and rows of the tasks, in fixed shares; answers weigh more than the text around them. Contexts are
-mostly short at first: heads that copy appear soonest there; some have the 1,024 tokens of the tasks from the beginning, so that no
-position is new later. Tasks alone did not make
-them appear in 1,800 steps; rows of random tokens that repeat themselves, which are mixed in, did within 150.
+A step sees rows of real text, rows of the tasks, and rows of random tokens that repeat themselves; the answers' mean loss counts as
+much as that of all other tokens. The weights it starts from copy already (`start`). Some contexts have the 1,024 tokens of the
+tasks from the beginning, so that no distance is new later.
 """
 
 import json
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -23,37 +22,45 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from refimpl.model.config import Config
+from refimpl.model.config import Config, Rope
 from refimpl.model.load import save
-from refimpl.model.model import Decoder, initialize_
+from refimpl.model.model import Decoder
 from refimpl.testbed import corpus, tasks, world
 from refimpl.testbed.sample import Sample
+from refimpl.testbed.start import start
 from refimpl.testbed.tokenizer import CHECKPOINT, END, END_ID, VOCABULARY, learn, tokenizer
 
 CONFIG = Config(
     vocabulary=VOCABULARY,
     d_model=192,
     n_layers=6,
-    n_heads=6,
+    n_heads=4,
     n_kv_heads=2,
-    head_dim=32,
+    head_dim=64,
     d_ff=512,
+    rope=Rope(theta=100_000.0),
+    qkv_bias=True,
     tied_embeddings=True,
     max_positions=1024,
 )
 SEED = 0
 ROW_TOKENS = 8192  # in a step
 SHARES = {
-    "text": 0.22,
-    "single_doc_qa": 0.12,
-    "multi_doc_qa": 0.16,
+    "text": 0.20,
+    "single_doc_qa": 0.13,
+    "multi_doc_qa": 0.15,
     "summarization": 0.10,
-    "few_shot": 0.08,
+    "few_shot": 0.10,
     "code_completion": 0.08,
     "retrieval": 0.12,
     "needle": 0.12,
 }
-ANSWER_WEIGHT, OTHER_WEIGHT = 4.0, 0.5
+QUESTION_TOKENS = {
+    "single_doc_qa": 42,
+    "multi_doc_qa": 51,
+    "few_shot": 128,
+    "code_completion": 42,
+}  # of context, for each
 
 
 @dataclass(frozen=True)
@@ -71,16 +78,17 @@ class Stage:
     copies: float = 0.0
 
 
-STAGES = (Stage(1500, (256, 256, 256, 1024), copies=0.2), Stage(1300, (256, 512, 1024, 1024), copies=0.1))
-WARMUP, DECAY = 100, 1300  # steps
-MUON_RATE, ADAM_RATE = 0.01, 3e-3
+STAGES = (Stage(1000, (256, 256, 1024), copies=0.15), Stage(1200, (256, 1024, 1024), copies=0.1))
+WARMUP, DECAY = 100, 1000  # steps
+MUON_RATE, ADAM_RATE = 0.004, 3e-3
+ANSWER, OTHER, NOTHING = 2, 1, 0  # what a token is as a target
 
 
 class Batch(NamedTuple):
-    """Rows `[rows, length + 1]` of tokens, and what each weighs as a target."""
+    """Rows `[rows, length + 1]` of tokens, and what each is as a target: part of an answer, another one, or none."""
 
     tokens: Tensor
-    weights: Tensor
+    roles: Tensor
 
 
 def batch_at(step: int, stage: Stage) -> Batch:
@@ -95,30 +103,32 @@ def batch_at(step: int, stage: Stage) -> Batch:
         _text(length, draw) if kind == "text" else _copy(length, draw) if kind == "copy" else _task(kind, length, draw)
         for kind in kinds
     ]
-    tokens, weights = zip(*rows, strict=True)
-    return Batch(torch.stack(tokens), torch.stack(weights))
+    tokens, roles = zip(*rows, strict=True)
+    return Batch(torch.stack(tokens), torch.stack(roles))
 
 
 def _copy(length: int, draw: Random) -> tuple[Tensor, Tensor]:
     """Tokens without sense, again and again: all that can be learnt from it is to look up what came next the last time."""
     period = draw.randint(8, length // 4)
     tokens = torch.tensor(draw.choices(range(VOCABULARY), k=period))
-    weights = torch.full((length + 1,), OTHER_WEIGHT)
-    weights[:period] = 0
-    return tokens.repeat(length // period + 1)[: length + 1], weights
+    roles = torch.full((length + 1,), OTHER)
+    roles[:period] = NOTHING
+    return tokens.repeat(length // period + 1)[: length + 1], roles
 
 
 def _text(length: int, draw: Random) -> tuple[Tensor, Tensor]:
     text = corpus.tokens("train")
     start = draw.randrange(len(text) - length)
-    return text[start : start + length + 1], torch.full((length + 1,), OTHER_WEIGHT)
+    return text[start : start + length + 1], torch.full((length + 1,), OTHER)
 
 
 def _task(name: str, length: int, draw: Random) -> tuple[Tensor, Tensor]:
-    """A row of one task, filled up with ends that weigh nothing."""
+    """A row of one task, filled up with ends that are no targets; longer ones ask more."""
     module = tasks.task(name)
-    options = _needles(length, draw) if name == "needle" else {}
     size = draw.choice((length, length, length // 2)) if length > 256 else length
+    options = _needles(length, draw) if name == "needle" else {}
+    if name in QUESTION_TOKENS:
+        options["turns"] = max(2, size // QUESTION_TOKENS[name])
     sample = module.sample(size, corpus.lines("train", module.FILLER), draw, **options)
     return encode(sample, length + 1)
 
@@ -131,31 +141,32 @@ def _needles(length: int, draw: Random) -> dict[str, int]:
 
 
 def encode(sample: Sample, length: int) -> tuple[Tensor, Tensor]:
-    """A sample with all its questions as one row of `length` tokens and their weights; ends fill it up and weigh nothing."""
-    pieces, weights = [sample.context], [OTHER_WEIGHT]
+    """A sample with all its questions as one row of `length` tokens, and what each is; ends fill it up and are no targets."""
+    pieces, said = [sample.context], [OTHER]
     for question, answer in ((sample.question, sample.answer), *sample.more):
         pieces += [question, f"{answer}\n"]
-        weights += [OTHER_WEIGHT, ANSWER_WEIGHT]
+        said += [OTHER, ANSWER]
     encoded = [encoding.ids for encoding in tokenizer().encode_batch_fast(pieces)]
     tokens = [token for ids in encoded for token in ids]
-    weighed = [weight for ids, weight in zip(encoded, weights, strict=True) for _ in ids]
+    roles = [role for ids, role in zip(encoded, said, strict=True) for _ in ids]
     gap = length - len(tokens)
     if gap < 0:
         raise ValueError(f"a sample of {len(tokens)} tokens does not fit in {length}")
-    return torch.tensor(tokens + [END_ID] * gap), torch.tensor(weighed + [0.0] * gap)
+    return torch.tensor(tokens + [END_ID] * gap), torch.tensor(roles + [NOTHING] * gap)
 
 
 def loss_of(model: Decoder, batch: Batch) -> Tensor:
-    """Weighted mean cross-entropy, in nats."""
+    """Mean cross-entropy of the answers' tokens plus that of the others, in nats."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(batch.tokens[:, :-1])
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.tokens[:, 1:].flatten(), reduction="none")
-    weights = batch.weights[:, 1:].flatten()
-    return (losses * weights).sum() / weights.sum()
+    losses = F.cross_entropy(logits.float().flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
+    roles = batch.roles[:, 1:].flatten()
+    answers, others = ((roles == role).float() for role in (ANSWER, OTHER))
+    return (losses * answers).sum() / answers.sum().clamp_min(1) + (losses * others).sum() / others.sum().clamp_min(1)
 
 
 def optimizers_of(model: Decoder) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embedding and norms."""
+    """Muon for the matrices inside the blocks, AdamW for embedding, norms and biases."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2 or p is model.embedding.weight]
     return [
@@ -174,11 +185,12 @@ class Run:
 
     Args:
         folder: where state and log are written, and read if they are there.
+        loss: of the model and a batch; a compiled form of `loss_of`, for one that takes half the time.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = initialize_(Decoder(CONFIG), torch.Generator().manual_seed(SEED))
+    def __init__(self, folder: Path, loss: Callable[[Decoder, Batch], Tensor] = loss_of) -> None:
+        self.folder, self.loss = folder, loss
+        self.model = start(CONFIG, torch.Generator().manual_seed(SEED))
         self.optimizers = optimizers_of(self.model)
         self.step = 0
         self.log: list[dict[str, float]] = []
@@ -195,7 +207,7 @@ class Run:
         """One step; the loss before it."""
         steps = sum(stage.steps for stage in STAGES)
         self.model.train()
-        loss = loss_of(self.model, batch_at(self.step, stage))
+        loss = self.loss(self.model, batch_at(self.step, stage))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, rate in zip(self.optimizers, (MUON_RATE, ADAM_RATE), strict=True):
@@ -242,22 +254,26 @@ def teacher_forced(model: Decoder, name: str, rows: int, length: int) -> float:
     right = 0
     for group in range(0, rows, 16):
         pairs = [encode(sample._replace(more=()), length + 1) for sample in samples[group : group + 16]]
-        tokens, weights = (torch.stack(column) for column in zip(*pairs, strict=True))
+        tokens, roles = (torch.stack(column) for column in zip(*pairs, strict=True))
         with torch.autocast("cpu", torch.bfloat16):
             best = model(tokens[:, :-1]).argmax(dim=-1)
-        right += int(((best == tokens[:, 1:]) | (weights[:, 1:] != ANSWER_WEIGHT)).all(dim=1).sum())
+        right += int(((best == tokens[:, 1:]) | (roles[:, 1:] != ANSWER)).all(dim=1).sum())
     return right / rows
 
 
 def main(
     folder: Annotated[Path, typer.Option(help="State and log of the run.")] = Path("build/testbed"),
-    every: Annotated[int, typer.Option(help="Steps between scores, which are also those between saved states.")] = 250,
+    every: Annotated[int, typer.Option(help="Steps between scores, which are also those between saved states.")] = 200,
+    compiled: Annotated[
+        bool, typer.Option(help="Compile the step: half the time, but it needs a C++ compiler.")
+    ] = True,
 ) -> None:
     """Train, or go on with a run that was stopped."""
     if not (CHECKPOINT / "tokenizer.json").exists():
         CHECKPOINT.mkdir(exist_ok=True)
         learn_tokenizer().save(str(CHECKPOINT / "tokenizer.json"))
-    run, since, losses = Run(folder), time.perf_counter(), list[float]()
+    loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    run, since, losses = Run(folder, loss), time.perf_counter(), list[float]()
     for stage in run:
         losses.append(run.advance(stage))
         if run.step % every == 0:

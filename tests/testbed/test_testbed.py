@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from refimpl import testbed
 
@@ -24,7 +24,7 @@ def test_it_loads_in_transformers_with_equal_logits(generator, monkeypatch):
     def forward(norm, x):
         return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    monkeypatch.setattr(Qwen2RMSNorm, "forward", forward)
     ours, tokenizer = testbed.load()
     theirs = AutoModelForCausalLM.from_pretrained(testbed.CHECKPOINT, dtype=torch.float64).eval()
     ours = ours.double()

@@ -1,6 +1,7 @@
 """Training: what a step sees, what weighs, and that a stopped run goes on as if it had not been stopped."""
 
 import json
+from random import Random
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from refimpl.testbed.sample import count
 from refimpl.testbed.tokenizer import END_ID, VOCABULARY, tokenizer
 
 TINY = Config(
-    vocabulary=VOCABULARY, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24, tied_embeddings=True
+    vocabulary=VOCABULARY,
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=1,
+    head_dim=8,
+    d_ff=24,
+    tied_embeddings=True,
+    qkv_bias=True,
 )
 
 
@@ -32,7 +41,7 @@ def test_a_steps_rows_depend_on_the_step_alone():
     again, other = train.batch_at(7, SHORT), train.batch_at(8, SHORT)
     assert torch.equal(train.batch_at(7, SHORT).tokens, again.tokens)
     assert not torch.equal(again.tokens, other.tokens)
-    assert again.tokens.shape == again.weights.shape == (train.ROW_TOKENS // 256, 257)
+    assert again.tokens.shape == again.roles.shape == (train.ROW_TOKENS // 256, 257)
 
 
 def test_lengths_are_drawn_and_a_step_has_as_many_tokens_at_each():
@@ -42,24 +51,24 @@ def test_lengths_are_drawn_and_a_step_has_as_many_tokens_at_each():
     assert shapes == {(32, 257), (8, 1025)}
 
 
-def test_copies_repeat_and_weigh_from_the_second_time_on():
+def test_copies_repeat_and_are_targets_from_the_second_time_on():
     """Oracle: the period, found by comparing the row with itself; a stage of copies alone, one without."""
-    tokens, weights = train.batch_at(0, train.Stage(1, (256,), copies=1.0))
-    for row, weight in zip(tokens, weights, strict=True):
+    tokens, roles = train.batch_at(0, train.Stage(1, (256,), copies=1.0))
+    for row, role in zip(tokens, roles, strict=True):
         period = next(n for n in range(8, 65) if torch.equal(row[n:], row[:-n]))
-        assert weight.tolist() == [0.0] * period + [train.OTHER_WEIGHT] * (257 - period)
+        assert role.tolist() == [train.NOTHING] * period + [train.OTHER] * (257 - period)
     for row in train.batch_at(0, SHORT).tokens:
         assert not any(torch.equal(row[n:], row[:-n]) for n in range(8, 65))
 
 
-def test_answers_weigh_more_and_the_end_nothing(generator):
-    """Oracle: the sample's own texts, decoded from where the weights say that answers stand."""
+def test_answers_are_told_from_the_text_and_the_end_from_both(generator):
+    """Oracle: the sample's own texts, decoded from where the roles say that answers stand."""
     (sample,) = tasks.samples("single_doc_qa", 1, 256, generator)
-    tokens, weights = train.encode(sample, 257)
-    said = tokenizer().decode(tokens[weights == train.ANSWER_WEIGHT].tolist())
+    tokens, roles = train.encode(sample, 257)
+    said = tokenizer().decode(tokens[roles == train.ANSWER].tolist())
     assert said == "".join(f"{answer}\n" for answer in (sample.answer, *(a for _, a in sample.more)))
-    assert (tokens[weights == 0] == END_ID).all()
-    assert int((weights > 0).sum()) == count(sample.context) + sum(
+    assert (tokens[roles == train.NOTHING] == END_ID).all()
+    assert int((roles != train.NOTHING).sum()) == count(sample.context) + sum(
         count(f"{q}{a}\n") for q, a in ((sample.question, sample.answer), *sample.more)
     )
 
@@ -70,19 +79,32 @@ def test_a_sample_that_is_too_long_is_refused(generator):
         train.encode(sample, 99)
 
 
-def test_the_loss_is_the_weighted_mean(tiny, tmp_path):
+def test_longer_rows_ask_more():
+    """Oracle: counting the questions in the text of rows of single-document QA."""
+
+    def questions(length):
+        rows = [train._task("single_doc_qa", length, Random(seed))[0] for seed in range(8)]
+        return sum(tokenizer().decode(row.tolist()).count("Question: ") for row in rows) / len(rows)
+
+    assert questions(1024) > 1.5 * questions(256)
+
+
+def test_the_loss_is_the_mean_of_answers_plus_that_of_the_rest(tiny, tmp_path):
     """Oracle: token by token in float64, from the model's own log-probabilities in float32; bfloat16 rounds to 2^-8."""
     model = train.Run(tmp_path).model
     batch = train.batch_at(0, SHORT)
     with torch.no_grad():
         log_p = model(batch.tokens[:, :-1]).double().log_softmax(-1)
-    total = weight = 0.0
-    for row, targets, weights in zip(log_p, batch.tokens[:, 1:], batch.weights[:, 1:], strict=True):
-        for p, target, w in zip(row, targets, weights, strict=True):
-            total, weight = total - float(w * p[target]), weight + float(w)
-    assert_close(train.loss_of(model, batch).item(), total / weight, rtol=2**-8, atol=0)
-    even = batch._replace(weights=torch.ones_like(batch.weights))
-    assert abs(train.loss_of(model, even).item() - total / weight) > 1e-3  # negative control: the weights count
+    losses = {train.ANSWER: [], train.OTHER: [], train.NOTHING: []}
+    for row, targets, roles in zip(log_p, batch.tokens[:, 1:].tolist(), batch.roles[:, 1:].tolist(), strict=True):
+        for p, target, role in zip(row, targets, roles, strict=True):
+            losses[role].append(-float(p[target]))
+    expected = sum(sum(losses[role]) / len(losses[role]) for role in (train.ANSWER, train.OTHER))
+    assert_close(train.loss_of(model, batch).item(), expected, rtol=2**-8, atol=0)
+    same = batch._replace(roles=torch.full_like(batch.roles, train.OTHER))
+    assert (
+        train.loss_of(model, same).item() < 0.6 * expected
+    )  # negative control: the roles count; no answers, no loss of answers
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny, tmp_path):
@@ -108,7 +130,7 @@ def test_the_command_trains_logs_and_publishes(tiny, tmp_path, monkeypatch):
     (checkpoint / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(train, "CHECKPOINT", checkpoint)
     monkeypatch.setattr(train, "teacher_forced", lambda model, name, rows, length: length / 1024)
-    train.main(tmp_path / "run", every=2)
+    train.main(tmp_path / "run", every=2, compiled=False)
     log = json.loads((checkpoint / "training.json").read_text())
     assert [row["step"] for row in log["log"]] == [2, 4]
     assert log["log"][0]["needle"] == 0.25 and log["log"][0]["length"] == 256

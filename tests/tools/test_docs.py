@@ -46,6 +46,12 @@ def tree():
     return taxonomy.load()
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave the drawings out, which take most of the time."""
+    monkeypatch.setattr(docs.Site, "_picture", lambda *_: "")
+
+
 def write(tree, out, documents=None):
     site = docs.Site(docs.ROOT, out, tree, results.documents() if documents is None else documents)
     site.write_all()
@@ -56,7 +62,7 @@ def contents(folder: Path):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_every_entry_has_its_page_at_its_place(tree, tmp_path):
+def test_every_entry_has_its_page_at_its_place(tree, tmp_path, no_pictures):
     """Oracle: the mirror rule. The page of compression/low_rank/svd is survey/compression/low_rank/svd.md."""
     site = write(tree, tmp_path)
     expected = {f"survey/{m.path}.md" for m in tree.methods.values()}
@@ -85,7 +91,7 @@ def changed(tree, **entries):
     return Taxonomy(tree.root, Compiled(**kinds))
 
 
-def test_only_what_changed_is_written_and_what_is_gone_is_removed(tree, tmp_path):
+def test_only_what_changed_is_written_and_what_is_gone_is_removed(tree, tmp_path, no_pictures):
     write(tree, tmp_path)
     (tmp_path / "survey" / "stale.md").write_text("left over")
     site = write(
@@ -133,7 +139,7 @@ def test_safe_leaves_formulas_and_code(text, clean):
     assert docs.safe(text) == clean
 
 
-def test_a_method_that_runs_shows_claims_results_and_oracles(tree, tmp_path):
+def test_a_method_that_runs_shows_claims_results_and_oracles(tree, tmp_path, no_pictures):
     """Oracle: stored documents made up here; each figure must stand on the page, the failed claim with its reason."""
     rtn = tree.methods["rtn"]
     claim = msgspec.structs.replace(rtn.claims[0], holds=False, why="it was worse here")
@@ -169,7 +175,7 @@ def test_a_method_that_runs_shows_claims_results_and_oracles(tree, tmp_path):
     assert (tmp_path / "results/weights.csv").read_text().count("\n") == 5
 
 
-def test_a_peer_stands_on_its_methods_page_and_on_that_of_all_peers(tree, tmp_path):
+def test_a_peer_stands_on_its_methods_page_and_on_that_of_all_peers(tree, tmp_path, no_pictures):
     """Oracle: a stored document made up here."""
     row = {"method": "rtn", "peer": "torchao", "version": "9.8", "what": "4 bits", "difference": 0.0, "seconds": 0.5}
     stored = {"environment": {"torch": "9.9"}, "peers": [row | {"time": 0.75, "memory": 1.25}]}
@@ -181,7 +187,7 @@ def test_a_peer_stands_on_its_methods_page_and_on_that_of_all_peers(tree, tmp_pa
     assert "Beside" not in (tmp_path / "survey/finetuning/peft/lora/lora.md").read_text()
 
 
-def test_an_arenas_page_has_a_table_a_metric_plots_curves_and_data(tree, tmp_path):
+def test_an_arenas_page_has_a_table_a_metric_plots_curves_and_data(tree, tmp_path, no_pictures):
     """Oracle: a stored document made up here, with two axes, three seeds, a curve and a row of another environment."""
     rows = [
         {
@@ -266,7 +272,7 @@ def test_from_scaffold_to_page_with_no_other_edit(small_tree, tmp_path):
     assert [cell.settings for cell in cells([tree.methods["half-quadratic"]])] == [{}, {"bits": 2}, {"bits": 4}]
 
 
-def test_reading_lists_have_a_line_for_each_paper(tree, tmp_path):
+def test_reading_lists_have_a_line_for_each_paper(tree, tmp_path, no_pictures):
     """Oracle: the taxonomy. As many items as papers are filed in the category."""
     write(tree, tmp_path)
     for category in tree.categories.values():

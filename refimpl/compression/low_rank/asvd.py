@@ -1,7 +1,7 @@
 r"""ASVD: scale a layer's inputs by their size before the decomposition, and give each layer the rank it needs.
 
-Source: `asvd` (arXiv 2312.05821), Sections 3.2 (scaling, with mean absolute inputs and $\alpha = 0.5$) and 3.3 (sensitivity-based
-truncation rank searching, STRS); official code hahnyuan/ASVD4LLM@863042743edb4c0dcc512a45534dea07df16b140, act_aware_utils.py,
+Source: `asvd` (arXiv 2312.05821), Section 3: the scaling, with mean absolute inputs and $\alpha = 0.5$, and sensitivity-based
+truncation rank searching (STRS); official code hahnyuan/ASVD4LLM@863042743edb4c0dcc512a45534dea07df16b140, act_aware_utils.py,
 sensitivity.py, binary_search.py, modules/svd_linear.py.
 
 Differs from the paper: the second factor is computed as $U_r^\top W$, which $\Sigma_r V_r^\top S^{-1}$ is equal to; an input that

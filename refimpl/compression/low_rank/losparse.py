@@ -3,14 +3,16 @@ r"""LoSparse: a low-rank product plus a residual that loses neuron after neuron 
 Source: `losparse` (arXiv 2306.11222), Section 3 with Algorithm 1: the start from the SVD, the importance of entries and neurons, its
 average over steps, the cubic schedule; official code yxli2123/LoSparse@7513452313f85611d356db064e4279062b5a73b9, utils.py,
 and train_glue.sh (MNLI) for what is left open: learning rate, $\beta$, 10 steps between prunings, 5 % of the weights in the
-product, the lengths of the first and last phase as shares of the training, AdamW without decay, linear warm-up and decay.
+product, the lengths of the first and last phase and of the warm-up as shares of the training, AdamW without decay, whose learning
+rate rises and falls linearly.
 
 The calibration batches are what is trained on, in order and again from the start: the loss is that of their next tokens. All
 parameters are trained that take a gradient.
 
 Differs from the paper: the task is the text's, and the number of steps is a setting, small by default, where the paper runs
 8 to 12 epochs over a task's data; neither is dropout used. Importance is that of the weights before the step, as in Algorithm 1 (the
-official code multiplies by those after it). What remains of the residuals is a budget of parameters that is never exceeded, the
+official code multiplies by those after it); neurons are pruned at the last step of a window of averaging, there one step later. What
+remains of the residuals is a budget of parameters that is never exceeded, the
 products being counted at their real ranks, which are rounded down (there, up). A layer whose parts would hold no fewer numbers
 than the weight is put together again. A model in half precision is trained in float32 and rounded at the end.
 
@@ -35,6 +37,7 @@ from refimpl.compression.protocol import CompressedLinear, CompressedWeight, M
 from refimpl.model.linear import weight_of
 
 FIRST, LAST = 0.055, 0.275  # shares of the steps before pruning and at its end (675 and 3375 of 12272, train_glue.sh)
+WARM_UP = 0.039  # of those in which the learning rate rises (480, likewise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,13 +219,13 @@ def remaining_share(step: int, steps: int, final: float) -> tuple[float, bool]:
 
 
 def warm_up_and_decay(step: int, steps: int) -> float:
-    """Factor of the learning rate at a step, from 1: linear up in the first phase, then linear down.
+    """Factor of the learning rate at a step, from 1: linear up, then linear down.
 
     Examples:
-        >>> [warm_up_and_decay(step, 1000) for step in (11, 55, 1000)]
-        [0.2, 1.0, 0.001...]
+        >>> [warm_up_and_decay(step, 1000) for step in (13, 39, 1000)]
+        [0.333..., 1.0, 0.001...]
     """
-    first = FIRST * steps
+    first = WARM_UP * steps
     return min(1.0, step / first, (steps - step + 1) / (steps - first))
 
 

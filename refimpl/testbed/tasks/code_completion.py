@@ -14,15 +14,15 @@ ANSWER_TOKENS = 12
 __all__ = ["ANSWER_TOKENS", "FILLER", "VERSION", "guess", "sample", "score"]
 
 
-def sample(length: int, filler: Lines, draw: Random) -> Sample:
-    """2 to 6 functions of 2 to 4 parameters; no two begin with the same verb."""
+def sample(length: int, filler: Lines, draw: Random, *, turns: int = 4) -> Sample:
+    """2 to 6 functions of 2 to 4 parameters; no two begin with the same verb; `turns` are called, at most."""
     n = draw.randint(2, 6)
     functions = {
         f"{verb}_{draw.choice(NOUNS)}": ", ".join(draw.sample(ARGUMENTS, draw.randint(2, 4)))
         for verb in draw.sample(VERBS, n)
     }
     told = [f"def {name}({arguments}):\n    pass" for name, arguments in functions.items()]
-    asked = draw.sample(sorted(functions), min(n, 4))
+    asked = draw.sample(sorted(functions), min(n, turns))
     return compose(told, [(f"result = {name}(", f"{functions[name]})") for name in asked], length, filler, draw)
 
 

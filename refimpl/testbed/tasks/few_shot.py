@@ -16,8 +16,8 @@ __all__ = ["ANSWER_TOKENS", "FILLER", "VERSION", "guess", "sample", "score"]
 KINDS = tuple(fact.values for kind, fact in FACTS.items() if kind != "colour")
 
 
-def sample(length: int, filler: Lines, draw: Random) -> Sample:
-    """2 to 5 kinds, 4 to 8 examples of each, and words that no example shows."""
+def sample(length: int, filler: Lines, draw: Random, *, turns: int = 2) -> Sample:
+    """2 to 5 kinds, 4 to 8 examples of each, and `turns` words of each kind that no example shows."""
     kinds = draw.sample(KINDS, draw.randint(2, 5))
     labels = draw.sample(COLOURS, len(kinds))
     shuffled = [draw.sample(kind, len(kind)) for kind in kinds]
@@ -27,7 +27,7 @@ def sample(length: int, filler: Lines, draw: Random) -> Sample:
     asked = [
         (f"- {word} =>", f" {label}")
         for words, label in zip(shuffled, labels, strict=True)
-        for word in words[shots : shots + 2]
+        for word in words[shots : shots + turns]
     ]
     draw.shuffle(asked)
     return compose(told, asked, length, filler, draw)

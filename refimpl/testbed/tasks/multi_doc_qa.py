@@ -17,8 +17,8 @@ ANSWER_TOKENS = 10
 __all__ = ["ANSWER_TOKENS", "FILLER", "VERSION", "guess", "sample", "score"]
 
 
-def sample(length: int, filler: Lines, draw: Random) -> Sample:
-    """Between 3 documents and one in 48 tokens."""
+def sample(length: int, filler: Lines, draw: Random, *, turns: int = 5) -> Sample:
+    """Between 3 documents and one in 48 tokens; `turns` people are asked for, at most."""
     n = draw.randint(3, max(3, min(16, length // 48)))
     people = draw.sample(NAMES, n)
     city = {name: draw.choice(CITIES) for name in people}
@@ -27,15 +27,14 @@ def sample(length: int, filler: Lines, draw: Random) -> Sample:
         f"Document {i}\n- {name} works for {boss[name]}.\n- {name} lives in {city[name]}."
         for i, name in enumerate(people, 1)
     ]
-    asked = draw.sample(people, min(n, 5))
-    turns = [
+    questions = [
         (
             ask(f"Where does the boss of {name} live?", f"{name} works for"),
             f" {boss[name]}. {boss[name]} lives in {city[boss[name]]}",
         )
-        for name in asked
+        for name in draw.sample(people, min(n, turns))
     ]
-    return compose(told, turns, length, filler, draw)
+    return compose(told, questions, length, filler, draw)
 
 
 def score(prediction: str, answer: str) -> float:

@@ -6,15 +6,15 @@ from refimpl.testbed.corpus import Lines
 from refimpl.testbed.metrics import exact as score
 from refimpl.testbed.sample import Sample, ask, count, passage
 
-VERSION = 2
+VERSION = 3
 FILLER = "any"
-ANSWER_TOKENS = 26
+ANSWER_TOKENS = 14
 
 __all__ = ["ANSWER_TOKENS", "FILLER", "VERSION", "guess", "sample", "score"]
 
 PASSAGES = 16  # at most
 SIZE = 48  # tokens of a passage, at least
-LONGEST = 24  # tokens of a line that is asked for, at most
+LONGEST = 12  # tokens of a line that is asked for, at most
 
 HEAD = "Passage {}: "
 QUESTION, LEAD = "How does passage {} begin?", "Passage {}:"

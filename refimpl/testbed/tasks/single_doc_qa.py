@@ -14,14 +14,14 @@ ANSWER_TOKENS = 3
 __all__ = ["ANSWER_TOKENS", "FILLER", "VERSION", "guess", "sample", "score"]
 
 
-def sample(length: int, filler: Lines, draw: Random) -> Sample:
-    """Between 4 facts and one in 24 tokens, so that longer texts have more to confuse."""
+def sample(length: int, filler: Lines, draw: Random, *, turns: int = 6) -> Sample:
+    """Between 4 facts and one in 24 tokens, so that longer texts have more to confuse; `turns` of them are asked for, at most."""
     n = draw.randint(4, max(4, length // 24))
     pairs = draw.sample([(name, kind) for name in draw.sample(NAMES, max(4, n // 2)) for kind in FACTS], n)
     facts = [(name, FACTS[kind], draw.choice(FACTS[kind].values)) for name, kind in pairs]
     told = [fact.told.format(name=name, value=value) for name, fact, value in facts]
-    turns = [(_asked(name, fact), f" {value}") for name, fact, value in draw.sample(facts, min(n, 6))]
-    return compose(told, turns, length, filler, draw)
+    asked = [(_asked(name, fact), f" {value}") for name, fact, value in draw.sample(facts, min(n, turns))]
+    return compose(told, asked, length, filler, draw)
 
 
 def _asked(name: str, fact: Fact) -> str:

@@ -149,7 +149,7 @@ class Replay(Run):
         """The loss of the next step."""
         if self.unseen is None:
             self.unseen = batch
-        if self.done % max(1, self.steps // LOOKS) == 0:
+        if self.done * LOOKS % self.steps < LOOKS:  # 20 times, or in each of fewer steps
             self.look(unseen_loss(student, self.unseen))
         self.done += 1
         return self.settings.objective(student, teacher, self.sequences(batch, student, generator))

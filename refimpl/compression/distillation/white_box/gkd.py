@@ -1,6 +1,6 @@
 r"""Generalized Knowledge Distillation: the teacher comments on what the student writes, under a divergence of choice.
 
-Source: `gkd` (arXiv 2306.13649), Section 3, Eq. (1) for the divergence and Algorithm 1; the authors published no code. The
+Source: `gkd` (arXiv 2306.13649), Eq. (1) for the divergence, Section 3 and Algorithm 1; the authors published no code. The
 direction of $\beta$ was held against huggingface/trl@7310b81fbd40177a60078ea26122c9fec5b092b8,
 `trl/experimental/gkd/gkd_trainer.py`, whose $\beta = 0$ and 1 are the divergences that we name.
 

@@ -4,10 +4,11 @@ Source: `minillm` (arXiv 2306.08543), Eqs. (1) to (7), Section 2.2 and Algorithm
 microsoft/LMOps@48fca1acc61ffa20ebb7c31c74a1d8e33499b476, `minillm/minillm/{losses,sampler,trainer}.py` and
 `minillm/scripts/gpt2/minillm/train_base_xl.sh`.
 
-Differs from the paper: losses are means over tokens and not sums over a response, as in the official code. The exact part has
-no weight $w_t$, as there: it does not depend on $y_t$, over which $w_t$ averages to 1. The rewards to come are divided by
-their number, T - t; Eq. (6) has one less, which is 0 one token before the end. Where rewards are negative, clipping is PPO's
-(the larger of the two losses), as in the official code.
+Differs from the paper: windows of plain text have no prompt, so the first part of a window stands for one. Losses are means
+over tokens and not sums over a response, as in the official code. The exact part has no weight $w_t$, as there: it does not
+depend on $y_t$, over which $w_t$ averages to 1. The rewards to come are divided by their number, T - t; Eq. (6) has one
+less, which is 0 one token before the end. Where rewards are negative, clipping is PPO's (the larger of the two losses), as
+in the official code.
 
 Not here: of the official code, a discount (its default is 0.95), whitened and scaled rewards, this token's reward a second
 time in the sampled part, several updates on one set of responses, and a distillation term on the pre-training text; none of

@@ -8,7 +8,8 @@ Differs from the paper: the official code takes the components of the stream bef
 token counts as its norm leaves it, as the paper writes, and `normalize=False` is the official code's way. What is kept is left in
 the order of its components; there it is mixed by a random rotation, which no result depends on. The stream behind the last block is
 not turned, as it is not sliced. GPT-2, which the paper has not, keeps its embeddings whole, and its first block begins with
-$Q_1$: the library takes the width at the end for that at the start. Dropout that a block of OPT applies itself while it is trained is gone.
+$Q_1$: the library takes the width at the end for that at the start. Padding counts among the calibration's positions; the
+official code leaves it out. Dropout that a block of OPT applies itself while it is trained is gone.
 
 Not here: slicing the output layer too; a schedule of different widths; LoRA on what is left.
 """

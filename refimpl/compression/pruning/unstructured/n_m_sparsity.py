@@ -15,16 +15,15 @@ that skip zeros.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from refimpl.compression.protocol import check_layer
+from refimpl.compression.protocol import check_layer, matching
 from refimpl.compression.pruning.sparse import Pattern, PatternWeight, lowest_of_groups, pattern_of
-from refimpl.model.linear import is_linear, is_transposed
+from refimpl.model.linear import is_transposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,8 @@ class NMSparsity:
     def attach(self, model: nn.Module, target: Sequence[str] = ("*",), skip: Sequence[str] = ("lm_head",)) -> None:
         """Have linear layers multiply by their masked weights, and pass gradients on by `sparse_refined`; in place.
 
-        The dense weights stay the model's parameters, the same objects, so that an optimizer may be made before or after.
+        The dense weights stay the model's parameters, the same objects, so that an optimizer may be made before or after. The
+        layers are those that `compress` would take: a tied weight (the output embedding, as a rule) is left alone.
 
         Args:
             model: any module.
@@ -94,19 +94,9 @@ class NMSparsity:
             skip: patterns of those to leave dense.
 
         Raises:
-            ValueError: no linear layer's name matches.
+            ValueError: as of `compress`: no linear layer's name matches, or one that does is compressed already.
         """
-        layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
-        matching = [
-            layer
-            for name, layer in layers.items()
-            if any(fnmatchcase(name, wanted) for wanted in target) and not any(fnmatchcase(name, left) for left in skip)
-        ]
-        if not matching:
-            raise ValueError(
-                f"target={list(target)} with skip={list(skip)} matches no linear layer; the model's: {[*layers][:8] or 'none'}"
-            )
-        for layer in matching:
+        for layer in matching(model, target, skip).values():
             masked = _Masked(self._pattern, self.decay, transposed=is_transposed(layer))
             parametrize.register_parametrization(layer, "weight", masked)
 

@@ -1,12 +1,15 @@
 r"""SparseGPT: prune a layer column by column, and let the columns still to come make up for what is removed.
 
-Source: `sparsegpt` (arXiv 2301.00774), Section 3 with Algorithm 1, Section 3.4 for patterns; official code
+Source: `sparsegpt` (arXiv 2301.00774), Section 3 with Algorithm 1, Section 3.3 for patterns; official code
 IST-DASLab/sparsegpt@147d2159dc4f3e9f73e47b32c04d7b3708f44436, sparsegpt.py, for damping and dead columns.
 
 Differs from the paper: of each block of columns exactly the share asked for goes, rounded down; the official code removes the next
 weight too, and all that equal it. Dead columns do not count in the mean that the damping is a share of (there, each counts as 1).
-Groups of a pattern whose M does not divide 128 reach over the ends of blocks of updates; there, each block begins a new group.
-Where M does not divide a row, the shorter last group loses what it has beyond N; there, it loses M - N of what it has.
+The official code gathers the inputs of a whole block before it prunes the first of its layers; `compress` lets each layer see what
+those before it in the block make once they are pruned. Groups of a pattern whose M does not divide 128 reach over the ends of
+blocks of updates; there, each block begins a new group. Where M does not divide a row, the shorter last group loses what it has
+beyond N; there, it loses M - N of what it has. N counts the weights that stay, as hardware and the papers on N:M do; in this
+paper it counts those that go.
 
 Not here: quantizing what stays in the same pass; convolutions.
 """

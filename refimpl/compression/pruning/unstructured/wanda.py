@@ -4,8 +4,9 @@ Source: `wanda` (arXiv 2306.11695), Section 3 with Eq. (1) and Algorithm 1; offi
 locuslab/wanda@8e8fc87b4a2f9955baa7e76e64d5fce7fa8724a6, lib/prune.py and lib/layerwrapper.py.
 
 Differs from the paper: none. The official code divides the squared norms by the number of calibration texts, which is the same for all
-inputs of a layer and changes no order. Where M does not divide a row, the shorter last group of a pattern loses what it has
-beyond N; there, it loses M - N of what it has.
+inputs of a layer and changes no order. It gathers the inputs of a whole block before it prunes the first of its layers; `compress`
+lets each layer see what those before it in the block make once they are pruned. Where M does not divide a row, the shorter last
+group of a pattern loses what it has beyond N; there, it loses M - N of what it has.
 
 Not here: the variant that lets the share differ between rows; training after pruning.
 """

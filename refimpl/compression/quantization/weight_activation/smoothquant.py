@@ -4,7 +4,7 @@ Source: `smoothquant` (arXiv 2211.10438), Eq. (3) and (4), Section 4, Table 2 fo
 mit-han-lab/smoothquant@c61476d728e42ae0d8a35e7e78494edcac3237b5, smoothquant/smooth.py, calibration.py and fake_quant.py.
 
 Differs from the paper: a channel that is zero in the calibration data, or that no weight reads, keeps $s_j = 1$ (the official
-code clamps both maxima to 1e-5). The inputs of attention's own products are not quantized, as in the official code for Llama; the
+code raises the weights' maximum and the factor to at least 1e-5). The inputs of attention's own products are not quantized, as in the official code for Llama; the
 paper has them in 8 bits. A static range is derived from the channels' maxima of one run, instead of from a second run
 of the smoothed model: division by $s_j$ is all that happens to them.
 

@@ -8,7 +8,9 @@ of which steps, learning rate and the bits of both kinds of layers are the defau
 Differs from the paper: the outermost level of a grid is the largest magnitude, $m = 2^{bits-1} - 1$ steps away from 0; in the
 official code it is $2^{bits-1}$ steps away, and clipped to one less above 0. A group is a whole number of rows, the last may have
 fewer. Scales are held for each row, as the product's last step wants them. LKD goes through the calibration batches in
-order, again from the first where they are fewer than the steps; the official script draws new ones.
+order, again from the first where they are fewer than the steps; the official script draws new ones. AdamW decays no weight; the
+script leaves its default of 0.01 in place. Inputs of all layers have 8 bits, as in the paper; the script's configuration quantizes
+attention's only.
 
 Not here: fused kernels; quantized embeddings; 16-bit activations for queries, keys and values (W4/8A8/16); a mask of padding in
 the loss.

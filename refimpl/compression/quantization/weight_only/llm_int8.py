@@ -67,7 +67,8 @@ class OutlierWeight(IntegerWeight):
         output = super().multiply(inputs, bias)
         apart = self.outliers(inputs)
         if len(apart):
-            columns = self.integers().index_select(1, apart) * self.scale[:, None]
+            codes = self.codes[: self.shape[0] * self.shape[1]].view(self.shape)  # packed, 8 bits are a byte
+            columns = (codes.index_select(1, apart).float() - 128) * self.scale[:, None]
             output = output + inputs.index_select(-1, apart) @ columns.to(inputs.dtype).T
         return output
 

@@ -1,11 +1,11 @@
 r"""OBQ: round one weight at a time, always the cheapest, and let all that are left make up for its error.
 
-Source: `obc` (arXiv 2208.11580), Section 5, Eq. (7), Algorithm 3, with the elimination of Lemma 1; official code
-IST-DASLab/OBC@9b7979bfc9ee20d87db553823a32ee9890beaa99, trueobs.py (`quantize`), for weights beyond half a step, and quant.py for
-the grid.
+Source: `obc` (arXiv 2208.11580), Section 5, The Optimal Brain Quantizer, with the elimination of Lemma 1; official code
+IST-DASLab/OBC@9b7979bfc9ee20d87db553823a32ee9890beaa99, trueobs.py (`quantize`), also for weights beyond half a step, quant.py for
+the grid, and main_trueobs.py for the defaults.
 
 Differs from the paper: the Hessian is damped by one percent of its mean diagonal, as GPTQ does when it compares itself with OBQ;
-the official code damps nothing, and adds 1 to the diagonal if the factorization fails. The inverse of a row is not rewritten at
+the official code damps nothing unless told to, and adds 1 to the diagonal if the factorization fails. The inverse of a row is not rewritten at
 each step: the vectors that the steps subtract are kept apart (they are the rows of a Cholesky factor of $H^{-1}$ in the order in
 which the row is rounded), and only what a step needs is computed, which gives the same numbers and reads a sixth of the memory.
 Scales are stored in float16.
@@ -35,7 +35,7 @@ class OBQ:
 
     Args:
         bits: 1 to 8.
-        symmetric: the range is $[-m, m]$ and no zero point is stored.
+        symmetric: the range is $[-m, m]$ and no zero point is stored; the official default, where this one is as in `rtn`.
         grid: of each channel; "clipped" is the official default, see `shrunk_grid`, "range" covers all weights, as in `rtn`.
         order: "greedy", or "given": first column first, for all rows, which is what GPTQ does.
         damping: share of the mean of $H$'s diagonal that is added to it, 0 or more.
@@ -112,7 +112,7 @@ class OBQ:
         return affine_grid(low, high, self.bits, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
 
     def _eliminate(self, weight: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Algorithm 3 on some rows at once: codes `[rows, in]`.
+        """The elimination on some rows at once: codes `[rows, in]`.
 
         Weights lie in the order in which they are rounded: at step t, places 0 to t - 1 are done, and the one that is chosen
         changes places with the one at t. `inverse` is $H^{-1}$ before any step; scale and zero are `[rows, 1]`.

@@ -1,6 +1,6 @@
 r"""OWQ: keep the few columns that meet activation outliers in 16 bits, and round all others as GPTQ does.
 
-Source: `owq` (arXiv 2306.02272), Section 3, "Outlier-aware Weight Quantization": the sensitivity of a column is
+Source: `owq` (arXiv 2306.02272), where weak columns are defined: the sensitivity of a column is
 $\lambda_j \|\Delta W_{:,j}\|_2^2$ with $\lambda_j = H_{jj}$; official code xvyaward/owq@03cfc9941cfbe951ca7dbc614c66bc625fbb9857,
 main.py for sensitivities and budget, owq/recon.py for the sweep, owq/quant.py for the search of grids.
 

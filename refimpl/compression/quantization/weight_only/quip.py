@@ -5,10 +5,10 @@ Section 4.2; official code Cornell-RelaxML/QuIP@ac92cfc7a22f6100009e2caf53bb7225
 vector_balance.py (`round_ldl_gptqequiv`, `quantize_weight_vecbal`).
 
 Differs from the paper: columns that get no input are set to zero, and their diagonal in the Hessian to the mean. Where the official
-code differs from the paper, the paper is followed: $U = U_1 \otimes
-U_2$ has one matrix of each size (in the code, each block has its own); the Hessian is damped once, at the beginning (in the code a
-second time after the rotation); columns are rounded from the first to the last (in the code from the last to the first).
-Permutations stand before and after the product, as in the code. The rescaling is stored in float16, and used as stored.
+code differs from the paper, the paper is followed: $U = U_1 \otimes U_2$ has one matrix of each size (in the code, each block has
+its own); the Hessian is damped once, at the beginning (in the code after the rescaling, and again after the rotation); columns are
+rounded from the first to the last (in the code from the last to the first). Permutations stand before and after the product, as in
+the code. The rescaling is stored in float16, and used as stored. Layers of one shape that are given one seed get the same rotations.
 
 Not here: QuIP-RG, with its reordering and greedy passes; stochastic rounding; the bounded feedback of Algorithm 5.
 """
@@ -55,9 +55,9 @@ class QuIP:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits} must be 1 to 8")
         if not 0 < self.rho < float("inf"):
-            raise ValueError(f"rho={self.rho} must be positive; the paper uses 2.4")
+            raise ValueError(f"rho={self.rho} must be positive; the official code uses 2.4")
         if not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping={self.damping} must be 0 or more; the paper uses 0.01")
+            raise ValueError(f"damping={self.damping} must be 0 or more; the official code uses 0.01")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be 0 or more, and below 2^63")
 
@@ -123,7 +123,7 @@ def ldlq(weight: Tensor, hessian: Tensor, bits: int, block: int = BLOCK) -> Tens
     lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed:
         raise ValueError(
-            "the Hessian of these inputs is singular: raise damping (0.01 is the paper's), or give more rows"
+            "the Hessian of these inputs is singular: raise damping (0.01 is the default), or give more rows"
         )
     upper = lower.flip(0, 1)
     feedback: Tensor = upper / upper.diagonal()  # R + I

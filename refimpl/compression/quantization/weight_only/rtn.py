@@ -79,7 +79,7 @@ class RTN:
         """
         check_layer(weight)
         groups = to_groups(weight, self.granularity, self.group_size)
-        low, high = self.covered(groups)
+        low, high = self.covered(weight)
         scale, zero = affine_grid(low, high, self.bits, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
         return QuantizedWeight(
             quantize(groups, scale, zero, self.bits),
@@ -91,6 +91,6 @@ class RTN:
             dtype=weight.dtype,
         )
 
-    def covered(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+    def covered(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The range that each group's grid covers, `[groups]` twice: all of it; methods that clip narrow it."""
-        return groups.amin(dim=1), groups.amax(dim=1)
+        return to_groups(weight, self.granularity, self.group_size).aminmax(dim=1)

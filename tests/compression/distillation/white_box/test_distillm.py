@@ -101,14 +101,14 @@ def test_the_share_rises_with_the_loss():
 
 
 def test_it_looks_twenty_times_at_what_is_held_back(table, generator, monkeypatch):
-    """Oracle: by hand: 60 steps, a look at 0, 3, 6 and so on; at the text given, or else at the first batch."""
+    """Oracle: by hand: 50 steps, a look at 0, 3, 5, 8 and so on; at the text given, or else at the first batch."""
     student, teacher, seen = table(5), table(5), []
     monkeypatch.setattr(distillm, "unseen_loss", lambda student, tokens: seen.append(tokens) or 1.0)
-    batches = [torch.randint(0, 5, (2, 6), generator=generator) for _ in range(60)]
+    batches = [torch.randint(0, 5, (2, 6), generator=generator) for _ in range(50)]
     optimizer = torch.optim.AdamW(student.parameters())
     for unseen in (batches[-1], None):
         seen.clear()
-        distill(student, teacher, DistiLLM(), optimizer, iter(batches), 60, generator, unseen=unseen)
+        distill(student, teacher, DistiLLM(), optimizer, iter(batches), 50, generator, unseen=unseen)
         assert len(seen) == 20 and all(x is (batches[0] if unseen is None else unseen) for x in seen)
 
 

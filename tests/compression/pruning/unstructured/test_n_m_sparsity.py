@@ -119,6 +119,16 @@ def test_some_layers_stay_dense():
         method.attach(model, target=("9",))
 
 
+def test_a_tied_weight_stays_dense():
+    """Oracle: by hand; `compress` leaves it alone too, and after `detach` it is still tied."""
+    model, method = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)), NMSparsity()
+    model[2].weight = model[0].weight
+    method.attach(model)
+    assert [int((model[i].weight == 0).sum()) for i in (1, 2)] == [8, 0]
+    method.detach(model)
+    assert model[2].weight is model[0].weight
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_follows_the_weights_dtype(dtype, generator):
     """Oracle: the float32 result, cast; also of the estimator."""

@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from refimpl.arena.weights import substrate
-from refimpl.compression.hessian import gram, inverse_factor
-from refimpl.compression.pruning.sparse import pattern_of
+from refimpl.compression.hessian import Sweep, gram, inverse_factor
+from refimpl.compression.pruning.sparse import lowest, pattern_of
 from refimpl.compression.pruning.unstructured.magnitude import Magnitude
 from refimpl.compression.pruning.unstructured.n_m_sparsity import NMSparsity
 from refimpl.compression.pruning.unstructured.sparsegpt import SparseGPT
@@ -275,7 +275,14 @@ def test_claim_columns_are_too_narrow(claim, generator):
 
 
 def test_claim_adaptive_mask(claim, generator):
-    """Output error with masks chosen block by block over that with the mask chosen before the sweep, on the arena's layer."""
+    """Output error with masks from corrected weights over that with masks of the same blocks, and of as many weights in each,
+    from the weights before the sweep; the sweep is the same, on the arena's layer."""
     weight, inputs = substrate(generator)
-    adaptive, once = (SparseGPT(mask_block=size)(weight, inputs).dense() for size in (128, weight.shape[1]))
-    claim("sparsegpt", "adaptive-mask", error(weight, adaptive, inputs) / error(weight, once, inputs))
+    factor = inverse_factor(gram(inputs), torch.zeros(weight.shape[1], dtype=torch.bool), 0.01)
+    blocks = (weight / factor.diagonal()).square().split(128, dim=1)
+    removed = torch.cat([lowest(cost.flatten(), cost.numel() // 2).view(cost.shape) for cost in blocks], dim=1)
+    columns = weight.T.clone()
+    for i, sweep in enumerate(Sweep(columns, factor)):
+        sweep.settle(sweep.column.masked_fill(removed[:, i], 0))
+    adaptive = SparseGPT()(weight, inputs).dense()
+    claim("sparsegpt", "adaptive-mask", error(weight, adaptive, inputs) / error(weight, columns.T, inputs))

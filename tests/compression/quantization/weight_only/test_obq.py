@@ -47,7 +47,7 @@ def refit(row, hessian, done, values):
 
 
 def from_scratch(row, hessian, scale, zero, bits):
-    """Algorithm 3 without any formula of it: the next weight is the one after whose rounding, and a new least-squares fit of all
+    """The paper's procedure without any formula of it: the next weight is the one after whose rounding, and a new least-squares fit of all
     that are free, the error has grown least; unless one lies more than half a step off the grid."""
     done, values, current = [], {}, row.copy()
     while len(done) < len(row):
@@ -212,7 +212,7 @@ def small_substrate(generator):
     weight, inputs = substrate(generator)
     energy = inputs.square().mean(dim=0).argsort(descending=True)
     columns = torch.cat([energy[:3], energy[60:185]]).sort().values
-    return weight[:64, columns].clone(), inputs[:, columns].clone()
+    return weight[:32, columns].clone(), inputs[:, columns].clone()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -259,8 +259,9 @@ class Patient(OBQ):
 
 
 def test_claim_outliers_at_once(claim, generator):
-    """Output error with weights beyond half a step rounded at once, over that of the greedy order alone; 3 bits, clipped grids."""
-    weight, inputs = small_substrate(generator)
+    """Output error with weights beyond half a step rounded at once, over that of the greedy order alone; 3 bits, clipped grids, on
+    correlated inputs of one size."""
+    weight, inputs = layer(generator, 32, 64, 400)
     claim(
         "obq",
         "outliers-at-once",
