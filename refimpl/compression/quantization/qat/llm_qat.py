@@ -13,7 +13,7 @@ Not here: an end of text, at which the official generation stops a row early; th
 MinMax's three levels); a packed cache in models of transformers, whose caches hold the rounded values as they are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,17 +25,12 @@ from refimpl.compression.protocol import CompressedLinear, CompressedWeight, M
 from refimpl.compression.quantization.activations import Activations, absmax_round, integer_weight
 from refimpl.compression.quantization.packed import QuantizedWeight
 from refimpl.compression.quantization.qat.cache_rows import RowAttention, round_rows
+from refimpl.compression.quantization.qat.own_text import GREEDY, evaluating, vocabulary, written
 from refimpl.compression.quantization.qat.protocol import QAT, FakeLinear, logits_of
 from refimpl.compression.quantization.qat.straight_through import straight_through
-from refimpl.model.generate import generate, probabilities
 from refimpl.model.linear import sizes
 from refimpl.model.model import Attention, Decoder
 
-GREEDY = (
-    3,
-    4,
-    5,
-)  # tokens that a sequence begins with before others are drawn: the first one, and those that are likeliest after it
 Parts = Sequence[slice]  # columns of a layer's outputs that are a token's keys, and those that are its values
 
 
@@ -105,7 +100,7 @@ class LLMQAT(QAT):
         device = next(teacher.parameters()).device
         drawn = torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=generator)))
         while True:
-            order = torch.randperm(_vocabulary(teacher), generator=generator).to(device)
+            order = torch.randperm(vocabulary(teacher), generator=generator).to(device)
             for i, first in enumerate(torch.split(order, batch)):
                 if len(first) == batch or len(order) < batch:
                     rows = first if len(first) == batch else first.repeat(-(-batch // len(first)))[:batch]
@@ -121,7 +116,7 @@ class LLMQAT(QAT):
         """
         inputs = batch[:, :-1]
         with torch.no_grad():
-            expected = _evaluating(teacher, lambda: logits_of(teacher, inputs)).float().softmax(dim=-1)
+            expected = evaluating(teacher, lambda: logits_of(teacher, inputs)).float().softmax(dim=-1)
         return F.cross_entropy(logits_of(student, inputs).flatten(0, 1).float(), expected.flatten(0, 1))
 
     def convert(self, model: M) -> M:
@@ -224,52 +219,3 @@ def keys_and_values(model: nn.Module) -> dict[str, Parts]:
             start = out - place * width if block.k == block.v else 0
             found[name] = [*found.get(name, []), slice(start, start + width)]
     return found
-
-
-@torch.no_grad()
-def written(teacher: nn.Module, first: Tensor, greedy: int, length: int, generator: torch.Generator) -> Tensor:
-    """Sequences that a model writes: the first token is given, the next are the likeliest, and the rest is drawn.
-
-    Args:
-        teacher: read in evaluation mode; one of another make than `Decoder` is read from the start for each token.
-        first: `[batch]` tokens.
-        greedy: tokens before others are drawn, the first one among them.
-        length: tokens of a sequence, more than `greedy`.
-        generator: of the draws, on the model's device.
-
-    Returns:
-        `[batch, length]`.
-    """
-
-    def write() -> Tensor:
-        tokens = first[:, None]
-        if isinstance(teacher, Decoder):
-            tokens = torch.cat([tokens, generate(teacher, tokens, greedy - 1)], dim=1)
-            return torch.cat(
-                [tokens, generate(teacher, tokens, length - greedy, temperature=1.0, generator=generator)], dim=1
-            )
-        while tokens.shape[1] < length:
-            logits = logits_of(teacher, tokens)[:, -1]
-            if tokens.shape[1] < greedy:
-                following = logits.argmax(dim=-1, keepdim=True)
-            else:
-                following = torch.multinomial(probabilities(logits, 1.0), 1, generator=generator)
-            tokens = torch.cat([tokens, following], dim=1)
-        return tokens
-
-    return _evaluating(teacher, write)
-
-
-def _evaluating(model: nn.Module, step: Callable[[], Tensor]) -> Tensor:
-    """What a step returns while a model is in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        return step()
-    finally:
-        model.train(training)
-
-
-def _vocabulary(model: nn.Module) -> int:
-    """Tokens that a decoder's first embedding knows."""
-    return next(module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding))
