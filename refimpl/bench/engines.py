@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
@@ -15,6 +16,11 @@ from joblib import Parallel, cpu_count, delayed, parallel_config, register_paral
 from refimpl.bench.cells import Cell
 from refimpl.bench.measure import measure
 from refimpl.bench.store import Outcome
+
+# What joblib tells of a run that is interrupted; the command says it in its own words.
+warnings.filterwarnings(
+    "ignore", r"\d+ tasks (have been successfully executed|which were still being processed)", UserWarning
+)
 
 Engine = Literal["loky", "ray"]
 ENGINES: tuple[Engine, ...] = ("loky", "ray")

@@ -1,6 +1,7 @@
 r"""What each block of a model gets and returns on calibration data, for methods that fit one block after the other to its original.
 
 Examples:
+    >>> import torch
     >>> from refimpl.model.config import Config
     >>> from refimpl.model.model import Decoder
     >>> model = Decoder(Config(vocabulary=9, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, d_ff=6))

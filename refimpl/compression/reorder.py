@@ -4,7 +4,7 @@ A norm writes its output in the new order, while the residual stream keeps its o
 that order. The values of a head, and the inside of a feed-forward, are put in order by the rows of the layers that make them and the
 columns of those that read them. Queries and keys share an order within their heads, where positions do not tie channels together.
 
-Source: `rptq` (arXiv 2304.01089), Section 3.4, avoiding explicit reordering; official code
+Source: `rptq` (arXiv 2304.01089), the section on avoiding explicit reordering; official code
 hahnyuan/RPTQ4LLM@96190691f02be6b27ba24d5a73574dbf9a8336c6, quantize/opt_reorder_quantize.py (R1 to R5) and reorder_layer_norm.py.
 
 Differs from the paper: layouts with rotary positions, where the channels of queries and keys stay; the paper has OPT only.
@@ -118,7 +118,7 @@ def _order_rows_(model: nn.Module, name: str, index: Tensor, first: int = 0) -> 
 
 def _order_columns_(model: nn.Module, name: str, index: Tensor) -> None:
     weight = weight_of(_layer(model, name))
-    weight.copy_(weight[:, index])
+    weight.copy_(weight[:, index.argsort()])
 
 
 def _layer(model: nn.Module, name: str) -> Any:

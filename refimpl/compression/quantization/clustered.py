@@ -1,6 +1,6 @@
 r"""Layers whose inputs, or outputs, are quantized in clusters of channels.
 
-Source: `rptq` (arXiv 2304.01089), Section 3.3; official code hahnyuan/RPTQ4LLM@96190691f02be6b27ba24d5a73574dbf9a8336c6,
+Source: `rptq` (arXiv 2304.01089), the section on clustering and reordering of channels; official code hahnyuan/RPTQ4LLM@96190691f02be6b27ba24d5a73574dbf9a8336c6,
 quantize/int_linear.py and int_matmul.py.
 
 Differs from the paper: integers are multiplied as `activations` states; the official code multiplies rounded numbers.

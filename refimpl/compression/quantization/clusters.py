@@ -1,7 +1,7 @@
 r"""Channels in clusters of like ranges, found by k-means, and grids that the channels of a cluster share.
 
-Source: `rptq` (arXiv 2304.01089), Section 3.3: channels are clustered by their greatest and least values, each cluster has a scale
-and a zero point; official code hahnyuan/RPTQ4LLM@96190691f02be6b27ba24d5a73574dbf9a8336c6, quantize/reorder_utils.py (k-means of
+Source: `rptq` (arXiv 2304.01089), the section on clustering and reordering of channels: they are clustered by their greatest and
+least values, and each cluster has a scale and a zero point; official code hahnyuan/RPTQ4LLM@96190691f02be6b27ba24d5a73574dbf9a8336c6, quantize/reorder_utils.py (k-means of
 scikit-learn with 10 restarts) and quantizer.py.
 
 Differs from the paper: $2^{bits} - 1$ steps span a cluster's range, where the official code takes $2^{bits}$ and clips the uppermost. Seeds

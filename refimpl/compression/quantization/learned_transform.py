@@ -35,8 +35,17 @@ class LearnedTransform(nn.Module):
         shifts: whether channels are shifted, where the norm before has a bias.
         heads: whether queries and keys are scaled against each other.
 
-    Raises:
-        ValueError: a layer is compressed already.
+    Examples:
+        >>> from refimpl.compression.anatomy import anatomy
+        >>> from refimpl.compression.ranges import channel_ranges
+        >>> from refimpl.model.config import Config
+        >>> from refimpl.model.model import Decoder
+        >>> model = Decoder(Config(vocabulary=9, d_model=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, d_ff=6))
+        >>> part = anatomy(model).blocks[0]
+        >>> ranges = channel_ranges(model, [part.q, part.o, part.gate], [torch.arange(5)[None]])
+        >>> transform = LearnedTransform(model, part, ranges, lambda inputs, weights: (inputs / weights).sqrt())
+        >>> [len(scale) for scale in transform.scales], list(transform.heads.shape)  # norm, values, norm; a head's pairs of channels
+        ([8, 4, 8], [1, 2])
     """
 
     def __init__(

@@ -75,6 +75,19 @@ def test_target_is_reached_and_not_by_far(build, ratio, tokens):
     assert ratio <= 1 - held / total < ratio + largest / total
 
 
+def test_layers_are_projected_by_the_configured_exponent(tokens):
+    """Oracle: the definition, from the model's inputs, at the rank that the search gave. Control: the default is another."""
+    model = decoder()
+    small, layers = ASVD(ratio=0.4, alpha=1.0)(model, [tokens]), linear_layers(model)
+    sizes = mean_absolute_inputs(model, layers, [tokens])
+    factored = {name: there for name in layers if isinstance(there := small.get_submodule(name), CompressedLinear)}
+    for name, there in factored.items():
+        weight, rank = weight_of(layers[name]), there.compressed.left.shape[1]
+        assert_close(there.weight, project(weight, scaled_basis(weight, sizes[name], 1.0), rank).dense())
+        assert not torch.allclose(there.weight, project(weight, scaled_basis(weight, sizes[name]), rank).dense())
+    assert len(factored) > 3
+
+
 def test_only_the_first_samples_are_read(tokens, monkeypatch):
     """Oracle: the call with these texts alone; inputs are averaged over all."""
     seen = []

@@ -267,8 +267,8 @@ def test_claim_update_helps(claim, generator):
     """Perplexity of held-out text after whitening and update over that after whitening alone; the testbed's model, ratio 0.6."""
     subject = testbed.subject(None, "cpu")
     text, held_out = subject.text("train", 20_000), subject.text("held-out", 2048)
-    starts = torch.randint(len(text) - 256, (16, 1), generator=generator)
-    calibration = [text[starts + torch.arange(256)]]
+    starts = torch.randint(len(text) - 128, (8, 1), generator=generator)
+    calibration = [text[starts + torch.arange(128)]]
     method, covariances = SVDLLM(ratio=0.6), []
 
     def watch(weight, inputs):

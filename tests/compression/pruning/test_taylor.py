@@ -96,12 +96,13 @@ def test_a_layer_without_influence_is_refused(tokens):
     class Text(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embedding, self.a, self.b = nn.Embedding(61, 4), nn.Linear(4, 3), nn.Linear(3, 61)
+            self.embedding, self.a, self.b = nn.Embedding(61, 61), nn.Linear(61, 3), nn.Linear(3, 61)
+            self.c, self.d = nn.Linear(61, 2), nn.Linear(2, 61)
 
         def forward(self, tokens):
             x = self.embedding(tokens)
             self.b(self.a(x))
-            return x @ self.embedding.weight.T
+            return self.d(self.c(x))
 
     model = Text()
     with pytest.raises(ValueError, match="does not depend on layer 'a'"):

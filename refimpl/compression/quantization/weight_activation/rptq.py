@@ -1,7 +1,7 @@
 r"""RPTQ: put channels of like ranges side by side, and give each such cluster of activations its own scale and zero point.
 
-Source: `rptq` (arXiv 2304.01089), Section 3.3 for clusters (`clusters`), Section 3.4 for the order that norms and weights take
-over (`reorder`); official code hahnyuan/RPTQ4LLM@96190691f02be6b27ba24d5a73574dbf9a8336c6, main.py for the defaults,
+Source: `rptq` (arXiv 2304.01089), the sections on clustering and reordering of channels (`clusters`) and on avoiding explicit
+reordering (`reorder`); official code hahnyuan/RPTQ4LLM@96190691f02be6b27ba24d5a73574dbf9a8336c6, main.py for the defaults,
 quantize/opt_reorder_quantize.py for what is reordered, quantize/quant_transformer_layer.py for the order of things.
 
 As in the official code, what norms make has 8 bits at least; queries, keys and values are rounded where they are made; weights are

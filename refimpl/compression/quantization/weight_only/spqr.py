@@ -6,13 +6,14 @@ quant_groups.py, whose README gives the threshold.
 
 Differs from the paper: where the official code differs from Algorithm 1, it is followed: a group's likely outliers stand at the mean
 of the others while its grid is fitted (in Algorithm 1 at 0), and which weights are outliers in the end is decided one by one, when
-their column is rounded, on the grid that was fitted. A second-level grid is stored as its step and its least value instead of step and zero point, the same map,
-since the zero point overflows 16 bits where the scales of a group hardly differ. A group all of whose weights lie on one side, far
-from 0 for its width, has its range widened to 0; the official code takes [-1, 1] for a constant group. Groups count every update
-so far, as in `gptq`. The damping is the default of the official code, 0.01; its README calls it with 1.0. A weight of one row, whose
-columns have no variance, takes their squares for the threshold.
+their column is rounded, on the grid that was fitted. A second-level grid is stored as its step and its least value instead of step
+and zero point, the same map, since the zero point overflows 16 bits where the scales of a group hardly differ. A group all of whose
+weights lie on one side, far from 0 for its width, has its range widened to 0; the official code takes [-1, 1] for a constant group.
+Groups count every update so far, as in `gptq`. The damping is the default of the official code, 0.01; its README calls it with 1.0.
+A weight of one row, whose columns have no variance, takes their squares for the threshold.
 
-Not here: the kernel; other orders of the columns; other sizes of second-level groups (the paper also takes 64); the variant without the leave-one-out test (`simplified_outliers`).
+Not here: the kernel; other orders of the columns; other sizes of second-level groups (the paper also takes 64); the variant without
+the leave-one-out test (`simplified_outliers`).
 """
 
 from dataclasses import dataclass

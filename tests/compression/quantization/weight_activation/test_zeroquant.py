@@ -88,6 +88,28 @@ def test_the_first_step_is_adams(tokens):
     assert torch.equal(small.norm.weight, model.norm.weight)  # stands outside of the blocks
 
 
+def test_the_loss_is_the_mean_squared_error(tokens):
+    """Oracle: three steps of Adam written out, towards the original block's output; by absolute errors it is another result."""
+    from tests.compression.conftest import decoder
+
+    model = decoder()
+    with torch.no_grad():
+        x, y, args, kwargs = next(block_inputs(decoder(), "layers", [tokens]))[0]
+    found = ZeroQuant(steps=3, learning_rate=1e-2)(model, [tokens]).layers[0].attention_norm.weight
+    for loss, same in ((nn.MSELoss(), True), (nn.L1Loss(), False)):
+        student = copy.deepcopy(model.layers[0])
+        for part, bits in ((student.attention, 8), (student.feed_forward, 4)):
+            for name, layer in list(part.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(part, name, Learner(layer, bits, 64))
+        optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.autograd.backward(loss(student(x, *args, **kwargs), y))
+            optimizer.step()
+        assert torch.allclose(found, student.attention_norm.weight, rtol=1e-4) == same
+
+
 def block_errors(model, small, block_list, tokens):
     """Mean squared error of each block's output, given the original model's input."""
     with torch.no_grad():

@@ -150,8 +150,8 @@ def test_bad_calibration_and_models_are_refused(tokens):
 
 @pytest.fixture(scope="module")
 def wide():
-    """A decoder of two blocks with rows of 96 to 160 weights, two batches of random tokens, and a text with its exact logits."""
-    sizes = {"vocabulary": 61, "d_model": 96, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 24, "d_ff": 160}
+    """A decoder of one block with rows of 96 to 160 weights, two batches of random tokens, and a text with its exact logits."""
+    sizes = {"vocabulary": 61, "d_model": 96, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "head_dim": 24, "d_ff": 160}
     generator = torch.Generator().manual_seed(0)
     model = initialize_(Decoder(Config(**sizes)), generator, std=0.04).eval()
     texts = torch.randint(0, 61, (2, 16, 32), generator=generator)
@@ -175,7 +175,7 @@ def test_claim_beats_rtn(bits, claim, wide, logits):
 @pytest.fixture(scope="module")
 def error():
     """`error(method)`: of the logits on random tokens, of two blocks of an OPT with planted outliers; each computed once."""
-    texts = torch.randint(0, 61, (2, 16, 32), generator=torch.Generator().manual_seed(0))
+    texts = torch.randint(0, 61, (2, 32, 32), generator=torch.Generator().manual_seed(0))
     model = plant(opt())
     keep_blocks(model, "model.decoder.layers", [0, 1])
     return cache(lambda method: losses(model, method, list(texts[0].split(8)), texts[1]))

@@ -77,6 +77,16 @@ def test_sensitivity_by_definition(generator):
     assert_close(searched, inputs.square().sum(0) * off.square().sum(0))
 
 
+@pytest.mark.parametrize(("size", "steps", "other"), [(None, 100, 40), (4, 40, 100)])
+def test_widths_that_the_search_tries(size, steps, other, generator):
+    """Oracle: the official code's numbers, 100 for a whole channel and 40 for a group; the first group's weights are uncorrected."""
+    weight, inputs = layer(generator)
+    scale = OWQ(bits=3, extra_bits=0, group_size=size)(weight, inputs).low.scale.view(5, -1)[:, 0]
+    expected, wrong = (moved_grid(weight[:, :size], 3, scale_dtype=torch.float16, steps=n)[0] for n in (steps, other))
+    assert torch.equal(scale, expected)
+    assert not torch.equal(scale, wrong)  # negative control
+
+
 def test_the_columns_that_are_kept_are_the_most_sensitive(generator):
     """Oracle: sorting. A large input alone is not enough: a column that lies on the grid has no error."""
     weight, inputs = layer(generator, out=6)
@@ -170,7 +180,7 @@ def test_bad_layers_are_refused(weight, inputs, message):
 def few_rows(generator):
     """The first outputs of the arena's layer, with all of its inputs and their eight outlier channels."""
     weight, inputs = substrate(generator)
-    return weight[:32].clone(), inputs
+    return weight[:16].clone(), inputs
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
