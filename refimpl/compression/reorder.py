@@ -118,7 +118,7 @@ def _order_rows_(model: nn.Module, name: str, index: Tensor, first: int = 0) -> 
 
 def _order_columns_(model: nn.Module, name: str, index: Tensor) -> None:
     weight = weight_of(_layer(model, name))
-    weight.copy_(weight[:, index.argsort()])
+    weight.copy_(weight[:, index])
 
 
 def _layer(model: nn.Module, name: str) -> Any:

@@ -184,7 +184,9 @@ def test_what_can_not_be_sliced_is_refused(tokens):
 def test_the_count_is_the_papers_for_phi_2():
     """Oracle: Section 4.1: Phi-2 sliced by 25 % has 2.2B; attention and feed-forward stand side by side there, with one shortcut."""
     full, inside, layers, width = 2560, 10240, 32, SliceGPT(sparsity=0.25).width(2560)
-    linear = (4 * full + 2 * inside) * width * layers + (full + inside) * (full - width)  # the last block writes all channels
+    linear = (4 * full + 2 * inside) * width * layers + (full + inside) * (
+        full - width
+    )  # the last block writes all channels
     shortcuts = width * width * (layers - 1) + width * full
     assert round((51200 * (width + full) + linear + shortcuts) / 1e9, 1) == 2.2
 

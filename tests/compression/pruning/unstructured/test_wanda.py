@@ -124,8 +124,8 @@ def test_follows_the_weights_dtype(dtype, generator):
 
 
 def test_half_precision_inputs_do_not_overflow():
-    """Oracle: by hand. 300 squared is beyond float16, and the first input is larger."""
-    inputs = torch.tensor([[400.0, 300.0]], dtype=torch.float16)
+    """Oracle: by hand. Norms of 120000 and 100000 are beyond float16, and the first input is larger."""
+    inputs = torch.tensor([[60000.0, 50000.0]], dtype=torch.float16).repeat(4, 1)
     dense = Wanda()(torch.ones(1, 2, dtype=torch.float16), inputs).dense()
     assert dense.tolist() == [[1.0, 0.0]]
 
