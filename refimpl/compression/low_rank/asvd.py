@@ -24,8 +24,8 @@ from refimpl.compression.calibration import batches_of, call
 from refimpl.compression.low_rank.factored import output_directions, project, rank_for
 from refimpl.compression.low_rank.layers import linear_layers, replace_weight
 from refimpl.compression.low_rank.rank_search import Candidate, choose_ranks, perplexities
-from refimpl.compression.low_rank.text import check_texts, n_rows, next_tokens, rows_of
 from refimpl.compression.protocol import M
+from refimpl.compression.text import check_texts, n_rows, next_tokens, rows_of
 from refimpl.model.linear import weight_of
 
 

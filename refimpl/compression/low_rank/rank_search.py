@@ -1,6 +1,6 @@
 r"""A rank for each layer by its sensitivity: what truncating one layer alone does to perplexity, and a search over all layers.
 
-Source: `asvd` (arXiv 2312.05821), Section 3.3, sensitivity-based truncation rank searching (STRS); official code
+Source: `asvd` (arXiv 2312.05821), sensitivity-based truncation rank searching (STRS); official code
 hahnyuan/ASVD4LLM@863042743edb4c0dcc512a45534dea07df16b140, sensitivity.py, binary_search.py.
 
 Differs from the paper: a text is measured at all candidate ranks at once, a layer's output being cut to each of them in rows of
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refimpl.compression.low_rank.layers import replace
-from refimpl.compression.low_rank.text import IGNORED, loss_of, next_tokens, repeated, rows_of
+from refimpl.compression.text import IGNORED, loss_of, next_tokens, repeated, rows_of
 from refimpl.model.linear import weight_of
 
 TOKENS = 4096  # that are read at once
@@ -54,7 +54,7 @@ class Cuts(nn.Module):
 
 @torch.no_grad()
 def perplexities(model: nn.Module, name: str, basis: Tensor, ranks: Sequence[int], texts: list[Any]) -> list[float]:
-    """Perplexity of texts where one layer alone is cut to each of some ranks (STRS, Section 3.3).
+    """Perplexity of texts where one layer alone is cut to each of some ranks (STRS).
 
     Args:
         model: in evaluation mode; as it was when this returns.
@@ -85,7 +85,7 @@ def perplexities(model: nn.Module, name: str, basis: Tensor, ranks: Sequence[int
 
 
 def choose_ranks(found: list[Candidate], layers: dict[str, nn.Linear], ratio: float) -> dict[str, int]:
-    """Ranks that take the parameters of all layers to a target, the least harmful candidates first (STRS, Section 3.3).
+    """Ranks that take the parameters of all layers to a target, the least harmful candidates first (STRS).
 
     A layer gets the smallest rank among those of its candidates that are taken; a binary search finds how many are.
 

@@ -132,6 +132,15 @@ def test_rewards_of_what_comes():
     assert rewards_to_come(rewards * mask, mask, length_norm=True).tolist() == [[2.0, 2.0, 0.0]]
 
 
+def test_tokens_that_were_not_drawn_give_no_reward():
+    """Oracle: the loss without them, and what the last one of these would add."""
+    log_q, log_p = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
+    mask, settings = torch.tensor([[True, True, False]]), {"alpha": 0.2, "length_norm": True, "clip": 0.2}
+    loss = policy_loss(log_q, log_p, mask, **settings)
+    assert_close(loss, policy_loss(log_q[:, :2], log_p[:, :2], mask[:, :2], **settings))
+    assert (loss - policy_loss(log_q, log_p, torch.ones_like(mask), **settings)).abs() > 0.1  # negative control
+
+
 # The whole
 
 

@@ -31,7 +31,7 @@ def test_structures_that_do_nothing_are_cut(generator):
     attention, feed_forward = model.layers[0].attention, model.layers[0].feed_forward
     with torch.no_grad():
         attention.o_proj.weight.view(32, 4, 8)[:, [0, 2]], feed_forward.down_proj.weight[:, idle] = 0.0, 0.0
-    method = ShearedLLaMA(target={"d_model": 32, "n_kv_heads": 2, "d_ff": 3}, steps=200, continued_steps=0, lr=0.0)
+    method = ShearedLLaMA(target={"d_model": 32, "n_kv_heads": 2, "d_ff": 3}, steps=150, continued_steps=0, lr=0.0)
     small = method(model.eval(), [text])
     assert torch.equal(
         small.layers[0].attention.v_proj.weight, attention.v_proj.weight.view(4, 8, 32)[[1, 3]].flatten(0, 1)

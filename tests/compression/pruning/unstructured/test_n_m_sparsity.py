@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 from refimpl.compression.protocol import compress
@@ -111,8 +112,10 @@ def test_some_layers_stay_dense():
     again(torch.ones(1, 4)).sum().backward()
     assert all(parameter.grad is not None for parameter in again.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+    parametrize.register_parametrization(model[2], "weight", nn.Identity())
     method.detach(model)
-    assert int((model[0].weight == 0).sum()) == 8
+    assert int((model[0].weight == 0).sum()) == 8 and not parametrize.is_parametrized(model[0])
+    assert parametrize.is_parametrized(model[2])  # somebody else's
     with pytest.raises(
         ValueError, match=r"target=\['9'\] with skip=\['lm_head'\] matches no linear layer; the model's"
     ):
