@@ -30,7 +30,8 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """
     p = log_p.exp()
     finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)
-    divergence: Tensor = torch.linalg.vecdot(p, finite) - torch.linalg.vecdot(p, log_q)
+    needed = log_q.masked_fill(p == 0, 0)  # what p rules out counts nothing, even where q rules it out too
+    divergence: Tensor = torch.linalg.vecdot(p, finite) - torch.linalg.vecdot(p, needed)
     return divergence
 
 

@@ -21,6 +21,16 @@ def test_kl_by_hand():
     assert_close(kl(q, p).item(), 0.5 * math.log(2) + 0.5 * math.log(2 / 3), rtol=1e-6, atol=1e-6)
 
 
+def test_a_token_that_both_rule_out_changes_nothing(generator):
+    """Oracle: the distributions without it, as where a vocabulary is padded; gradients are finite."""
+    p, q = draw(generator, 4, 7), draw(generator, 4, 7)
+    padded = [F.pad(x, (0, 2), value=-torch.inf).requires_grad_() for x in (p, q)]
+    divergence = kl(*padded)
+    assert_close(divergence, kl(p, q))
+    divergence.sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in padded)
+
+
 def test_kl_is_that_of_torch(generator):
     """Oracle: torch's `kl_div`; and finite differences for the gradients of both arguments."""
     p, q = draw(generator, 3, 5, 7), draw(generator, 3, 5, 7)

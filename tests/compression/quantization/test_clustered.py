@@ -31,8 +31,8 @@ def test_a_product_for_each_cluster_is_the_dense_product(bits, dtype, generator)
         atol=tolerance,
     )
     assert held.multiply(x).dtype == dtype and held.dense().dtype == dtype
-    codes, zero = 7 * -(-20 // 8) * bits, bits  # whole bytes; seven zero points in as many as eight take
-    assert held.nbytes == -(-140 // 8) * bits + 7 * 2 + zero + 20 * 2 + 3 * 8 and codes
+    stored = 18 * bits + 2 * 7 + bits  # eights of 140 codes, seven float16 scales, an eight of zero points
+    assert held.nbytes == stored + 2 * 20 + 3 * (4 + 4)  # labels; a scale and a zero point for each cluster
 
 
 def test_last_outputs_are_rounded_and_the_first_stay(generator):

@@ -1,6 +1,5 @@
 """Outlier Suppression+: the function before rounding, the search against PyTorch's own rounding, grids, and planted asymmetry."""
 
-import copy
 from functools import cache
 
 import pytest
@@ -168,37 +167,31 @@ def test_weights_and_inputs_are_on_their_grids(change, levels, grids, tokens, lo
 
 
 def test_a_layer_sees_what_quantized_layers_make(tokens):
-    """Oracle: the ranges of the second block's inputs behind a first block that is quantized, or not, by hand."""
-    seen = []
+    """Oracle: what layers of the original read, by hooks: the first norm is all the same, the first output layer reads what 3-bit
+    layers made.
+    """
+    seen, exact = [], {}
 
     class Watching(Unrounded):
         def quantize_(self, model, layers, x):
             seen.append(x.clone())
             OutlierSuppressionPlus.quantize_(self, model, layers, x)
 
-    model, small = opt(), copy.deepcopy(opt())
-    Watching(bits=3, steps=2, scope="token")(model, [tokens])
-    part = anatomy(small).blocks[0]
-    for feed, layers, target in stages(small, part)[:1]:
-        assert layers == [part.q, part.k, part.v] and feed.producer == part.attention_norm and target == part.o
-    exact = [*Recorded(model, tokens)]
-    assert_close(seen[0].abs().amax(), seen[0].abs().amax())
-    assert len(seen) == 4 * 4 and len(exact) == 16
-    assert not torch.allclose(seen[1], exact[1], atol=1e-2)  # the output layer's input, made by 3-bit layers
-
-
-def Recorded(model, tokens):  # noqa: N802 - a list of what layers read
-    parts = anatomy(model).blocks
-    firsts = [name for part in parts for name in (part.q, part.o, part.up, part.down)]
-    seen = {}
-    hooks = [
-        model.get_submodule(n).register_forward_pre_hook(lambda _m, a, n=n: seen.update({n: a[0]})) for n in firsts
-    ]
+    model = opt()
+    part = anatomy(model).blocks[0]
+    for name in (part.attention_norm, part.v):
+        model.get_submodule(name).register_forward_hook(lambda _m, _a, out, name=name: exact.update({name: out}))
+    model.get_submodule(part.o).register_forward_pre_hook(lambda _m, args: exact.update({part.o: args[0]}))
     with torch.no_grad():
         model(tokens)
-    for hook in hooks:
-        hook.remove()
-    return [seen[name] for name in firsts]
+    Watching(bits=3, steps=2, scope="token")(opt(), [tokens])
+    centred = exact[part.attention_norm].flatten(0, 1)
+    centred = centred - (centred.amin(0) + centred.amax(0)) / 2
+    assert len(seen) == 4 * 4
+    assert_close(
+        seen[0].flatten(0, 1) / centred, (seen[0].flatten(0, 1) / centred)[:1].expand(33, -1), rtol=1e-2, atol=1e-2
+    )
+    assert 0.05 < off(seen[1], exact[part.o]) < 0.7
 
 
 def test_half_precision_and_keyword_batches(build, tokens, logits, architecture):
