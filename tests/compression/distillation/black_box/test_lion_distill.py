@@ -1,5 +1,6 @@
 """Lion: a teacher that is a program, over instructions of which it is known who can follow them."""
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -356,3 +357,8 @@ def test_claim_rounds_help(claim, targeted):
     """Oracle: scores on unseen instructions after the first imitation and after the last."""
     assert len(targeted[0]) == 4
     claim("lion-distill", "rounds-help", targeted[0][-1] - targeted[0][0])
+
+
+def test_claim_every_round_helps(claim, targeted):
+    """Oracle: scores on unseen instructions after each imitation."""
+    claim("lion-distill", "every-round-helps", min(b - a for a, b in itertools.pairwise(targeted[0])))

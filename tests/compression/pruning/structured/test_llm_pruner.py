@@ -217,6 +217,8 @@ def test_claims_of_importance(measured, claim):
         assert_close(mine, same, rtol=1e-4, atol=1e-7)
     claim("llm-pruner", "gradients-beat-random", ours / statistics.median(random))
     claim("llm-pruner", "gradients-beat-norms", ours / statistics.median(norm))
+    plain = measured.lost(measured.without([norms(measured.model, family) for family in measured.families]))
+    claim("llm-pruner", "gradients-beat-norms-on-a-trained-model", ours / plain)
 
 
 def norms(model, family):

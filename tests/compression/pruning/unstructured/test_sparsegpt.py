@@ -275,6 +275,13 @@ def test_claim_columns_are_too_narrow(claim, generator):
 
 
 def test_claim_adaptive_mask(claim, generator):
+    """Output error with masks chosen block by block over that with the mask chosen before the sweep, on the arena's layer."""
+    weight, inputs = substrate(generator)
+    adaptive, once = (SparseGPT(mask_block=size)(weight, inputs).dense() for size in (128, weight.shape[1]))
+    claim("sparsegpt", "adaptive-mask", error(weight, adaptive, inputs) / error(weight, once, inputs))
+
+
+def test_claim_adaptive_mask_in_equal_blocks(claim, generator):
     """Output error with masks from corrected weights over that with masks of the same blocks, and of as many weights in each,
     from the weights before the sweep; the sweep is the same, on the arena's layer."""
     weight, inputs = substrate(generator)
@@ -285,4 +292,6 @@ def test_claim_adaptive_mask(claim, generator):
     for i, sweep in enumerate(Sweep(columns, factor)):
         sweep.settle(sweep.column.masked_fill(removed[:, i], 0))
     adaptive = SparseGPT()(weight, inputs).dense()
-    claim("sparsegpt", "adaptive-mask", error(weight, adaptive, inputs) / error(weight, columns.T, inputs))
+    claim(
+        "sparsegpt", "adaptive-mask-in-equal-blocks", error(weight, adaptive, inputs) / error(weight, columns.T, inputs)
+    )

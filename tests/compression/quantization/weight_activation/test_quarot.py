@@ -139,10 +139,10 @@ def test_more_bits_come_nearer(build, tokens, logits):
     """Oracle: the model. Errors fall with the bits, for GPTQ and for RTN."""
     for weights in ("rtn", "gptq"):
         errors = []
-        for bits in (4, 8):
+        for bits in (3, 4, 8):
             method = QuaRot(weights=weights, bits=bits, activation_bits=bits, cache_bits=bits, clip=1.0)
             errors.append(off(method(build(), [tokens]), build(), tokens, logits))
-        assert 0 < errors[1] < 0.25 and errors[1] < errors[0], (weights, errors)
+        assert 0 < errors[2] < 0.25 and errors[2] < errors[1] < errors[0], (weights, errors)
 
 
 def test_what_is_left_whole(tokens, logits):

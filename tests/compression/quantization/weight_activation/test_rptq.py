@@ -140,7 +140,7 @@ def error():
     texts = torch.randint(0, 61, (2, 32, 32), generator=torch.Generator().manual_seed(0))
     model = plant(opt())
     found = cache(lambda method: losses(model, method, [texts[0]], texts[1]))
-    return lambda **settings: found(RPTQ(bits=8, **settings))
+    return lambda bits=8, **settings: found(RPTQ(bits=bits, **settings))
 
 
 def test_claim_clusters_beat_one(claim, error):
@@ -152,6 +152,11 @@ def test_claim_clusters_beat_one(claim, error):
 def test_claim_keys_and_values(claim, error):
     """Error of the logits with 4-bit keys and values, over that with all activations in 4 bits; planted ranges."""
     claim("rptq", "kv-loses-less", error(kv_only=True) / error())
+
+
+def test_claim_keys_and_values_at_four_bits(claim, error):
+    """The same with weights of 4 bits."""
+    claim("rptq", "kv-loses-less-at-four-bits", error(bits=4, kv_only=True) / error(bits=4))
 
 
 def test_claim_few_clusters(claim, error):
