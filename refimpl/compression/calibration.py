@@ -17,11 +17,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from refimpl.compression.blocks import block_lists
 
 
-def batches_of(calibration: Iterable[Any]) -> list[Any]:
+def batches_of(calibration: Iterable[Any], need: str | None = None) -> list[Any]:
     """Calibration data as a list of batches.
 
+    Args:
+        calibration: what a caller gave.
+        need: who can't do without it, and for what, "SVDLLM needs texts"; None lets it be empty.
+
     Raises:
-        ValueError: it is one batch instead of a list, or holds what is neither tensor nor mapping, or an empty tensor.
+        ValueError: it is one batch instead of a list, or holds what is neither tensor nor mapping, or an empty tensor; there is
+            none although it is needed.
     """
     if isinstance(calibration, Tensor | Mapping | str):
         raise ValueError(
@@ -36,6 +41,8 @@ def batches_of(calibration: Iterable[Any]) -> list[Any]:
             )
         if any(isinstance(value, Tensor) and value.numel() == 0 for value in _values(batch)):
             raise ValueError(f"calibration batch {i} is empty: {_describe(batch)}; leave it out")
+    if need and not batches:
+        raise ValueError(f"{need}: pass `calibration`")
     return batches
 
 

@@ -44,6 +44,16 @@ def continued(
     return Sequences(tokens, written_mask(tokens, prompt))
 
 
+def check_prompt(prompt: float) -> None:
+    """Refuse a share of a row that can't be kept as its prompt.
+
+    Raises:
+        ValueError: it is not in (0, 1).
+    """
+    if not 0 < prompt < 1:
+        raise ValueError(f"prompt={prompt} must be in (0, 1), the share of a window that is kept")
+
+
 def kept_tokens(length: int, prompt: float) -> int:
     """Tokens of a row that are kept as its prompt: at least one, and not all.
 

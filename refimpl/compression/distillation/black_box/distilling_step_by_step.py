@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.compression.distillation.protocol import BlackBox, Sequences, Write, label_loss, logits_of
-from refimpl.compression.distillation.sampling import kept_tokens
+from refimpl.compression.distillation.sampling import check_prompt, kept_tokens
 
 MARKER = "So the answer is"
 
@@ -65,8 +65,7 @@ class DistillingStepByStep(BlackBox):
             raise ValueError(
                 f"label_prefix={self.label_prefix} must not be rationale_prefix: it tells the student what is asked for"
             )
-        if not 0 < self.prompt < 1:
-            raise ValueError(f"prompt={self.prompt} must be in (0, 1), the share of a window that is the input")
+        check_prompt(self.prompt)
 
     def sequences(
         self,

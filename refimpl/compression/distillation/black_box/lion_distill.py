@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from refimpl.compression.distillation.black_box.pools import Pools, T, Tokens, unlike
 from refimpl.compression.distillation.black_box.roles import Continuing, Roles, continuations, gap
 from refimpl.compression.distillation.protocol import BlackBox, Run, Sequences, Write, writer
-from refimpl.compression.distillation.sampling import kept_tokens, written_mask
+from refimpl.compression.distillation.sampling import check_prompt, kept_tokens, written_mask
 
 TRIES = 20  # for each instruction that is wanted
 
@@ -88,8 +88,7 @@ class Lion(BlackBox):
             raise ValueError(f"growth={self.growth} must be above 0; 6 / 52 is the paper's")
         if not 0 < self.similarity <= 1:
             raise ValueError(f"similarity={self.similarity} must be in (0, 1]; 0.7 is the paper's")
-        if not 0 < self.prompt < 1:
-            raise ValueError(f"prompt={self.prompt} must be in (0, 1), the share of a window that is kept")
+        check_prompt(self.prompt)
 
     def teach(
         self, student: Student[T], roles: Roles[T], seed: Sequence[T], generator: torch.Generator

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from refimpl.compression.distillation.black_box.overlap import sentence_bleu
 from refimpl.compression.distillation.protocol import BlackBox, Sequences, Write
-from refimpl.compression.distillation.sampling import kept_tokens, written_mask
+from refimpl.compression.distillation.sampling import check_prompt, kept_tokens, written_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ class SequenceKD(BlackBox):
     def __post_init__(self) -> None:
         if self.beams < 1:
             raise ValueError(f"beams={self.beams} must be at least 1; the paper uses 5")
-        if not 0 < self.prompt < 1:
-            raise ValueError(f"prompt={self.prompt} must be in (0, 1), the share of a window that is kept")
+        check_prompt(self.prompt)
 
     def sequences(
         self,

@@ -30,7 +30,7 @@ from refimpl.compression.distillation.protocol import (
     label_loss,
     logits_of,
 )
-from refimpl.compression.distillation.sampling import continued, written_mask
+from refimpl.compression.distillation.sampling import check_prompt, continued, written_mask
 
 Divergence = Literal["skl", "srkl"]
 LOOKS = 20  # at the loss on unseen text, in a training
@@ -76,8 +76,7 @@ class DistiLLM(WhiteBox):
             raise ValueError(f"tolerance={self.tolerance} must be 0 or above, in nats; 0.1 is the official code's")
         if self.capacity < 1:
             raise ValueError(f"capacity={self.capacity} must be at least 1 sequence; 1000 is the official code's")
-        if not 0 < self.prompt < 1:
-            raise ValueError(f"prompt={self.prompt} must be in (0, 1), the share of a window that is kept")
+        check_prompt(self.prompt)
 
     def loss(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Tensor | None = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from refimpl.compression.distillation.divergence import kl, log_mixture
 from refimpl.compression.distillation.protocol import Sequences, WhiteBox, check_logits, counted
-from refimpl.compression.distillation.sampling import continued
+from refimpl.compression.distillation.sampling import check_prompt, continued
 
 Divergence = Literal["forward", "reverse", "jsd"]
 
@@ -52,8 +52,7 @@ class GKD(WhiteBox):
             raise ValueError(f"divergence={self.divergence!r} must be one of {', '.join(get_args(Divergence))}")
         if not 0 < self.beta < 1:
             raise ValueError(f"beta={self.beta} must be in (0, 1); divergence='forward' or 'reverse' are its ends")
-        if not 0 < self.prompt < 1:
-            raise ValueError(f"prompt={self.prompt} must be in (0, 1), the share of a window that is kept")
+        check_prompt(self.prompt)
 
     def sequences(
         self,

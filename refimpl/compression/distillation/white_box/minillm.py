@@ -30,7 +30,7 @@ from refimpl.compression.distillation.protocol import (
     label_loss,
     logits_of,
 )
-from refimpl.compression.distillation.sampling import continued
+from refimpl.compression.distillation.sampling import check_prompt, continued
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,7 @@ class MiniLLM(WhiteBox):
             raise ValueError(f"clip={self.clip} must be in (0, 1), or None for no clipping; 0.2 is the official code's")
         if not 0 <= self.text < float("inf"):
             raise ValueError(f"text={self.text} must be 0 (no plain training) or above; 1 is the paper's")
-        if not 0 < self.prompt < 1:
-            raise ValueError(f"prompt={self.prompt} must be in (0, 1), the share of a window that is kept")
+        check_prompt(self.prompt)
 
     def sequences(self, batch: Tensor, student: nn.Module, teacher: nn.Module, generator: torch.Generator) -> Sequences:
         r"""Responses drawn token by token from $\tilde p = \alpha p + (1 - \alpha) q$ (Eq. 4)."""

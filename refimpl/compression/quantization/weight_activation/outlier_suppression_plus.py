@@ -95,9 +95,7 @@ class OutlierSuppressionPlus:
         Raises:
             ValueError: the layout is unknown; there is no calibration data, the model can't take it, or it makes NaN.
         """
-        batches = batches_of(calibration)
-        if not batches:
-            raise ValueError("OutlierSuppressionPlus needs texts to see the activations' ranges: pass `calibration`")
+        batches = batches_of(calibration, "OutlierSuppressionPlus needs texts to see the activations' ranges")
         small = copy.deepcopy(model).eval()
         parts = anatomy(small).blocks
         for part in parts:

@@ -88,9 +88,7 @@ class RPTQ:
         Raises:
             ValueError: the layout is unknown; there is no calibration data, the model can't take it, or it makes NaN.
         """
-        batches = batches_of(calibration)
-        if not batches:
-            raise ValueError("RPTQ needs texts to see the channels' ranges: pass `calibration`")
+        batches = batches_of(calibration, "RPTQ needs texts to see the channels' ranges")
         small = copy.deepcopy(model).eval()
         parts = anatomy(small).blocks
         clusters = self.reorder_(small, parts, batches)

@@ -77,9 +77,7 @@ class SmoothQuant:
         Raises:
             ValueError: the layout is unknown; there is no calibration data, the model can't take it, or it makes NaN.
         """
-        batches = batches_of(calibration)
-        if not batches:
-            raise ValueError("SmoothQuant needs texts to see the activations' ranges: pass `calibration`")
+        batches = batches_of(calibration, "SmoothQuant needs texts to see the activations' ranges")
         small = copy.deepcopy(model).eval()
         parts = anatomy(small)
         largest = channel_maxima(small, [name for block in parts.blocks for name in block.linear], batches)

@@ -91,9 +91,7 @@ class AWQ:
             ValueError: the layout is unknown; there is no calibration data, the model can't take it, or it makes NaN; a weight
                 holds NaN.
         """
-        batches = batches_of(calibration)
-        if not batches:
-            raise ValueError("AWQ needs texts to see the activations' sizes: pass `calibration`")
+        batches = batches_of(calibration, "AWQ needs texts to see the activations' sizes")
         small = copy.deepcopy(model).eval()
         parts, name = anatomy(small).blocks, find_blocks(small)[0]
         for i, (part, given) in enumerate(zip(parts, block_inputs(small, name, batches), strict=True)):
