@@ -2,8 +2,8 @@ r"""The weights that the testbed's training starts from: a circuit that copies s
 
 A decoder learns to look up what came next the last time by two heads that work together: one writes to each position the token
 before it, and one of a later layer looks for the position whose token before is the present token (Olsson et al.,
-arXiv 2209.11895). Neither is of use without the other, so training stands still for a long time until both are there; a model of this size
-had not found them after two hours of two cores. Here they are set, and training goes on from there; every weight of them is trained.
+arXiv 2209.11895). Neither is of use without the other, so training stands still until both are there, which is most of what a model of this size
+would need. Here they are set, and training goes on from there; every weight of them is trained.
 
     layer 0, heads 0, 1, 2    look one, two and three tokens back, by the biases of q and k alone; head 0 writes what it sees
     layer 1, head 0           has q of the present token, k of the token before, and writes the token that it finds

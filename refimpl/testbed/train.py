@@ -1,4 +1,4 @@
-"""Train the testbed's model: `python -m refimpl.testbed.train`. About an hour and a half on two cores; it resumes where it was stopped.
+"""Train the testbed's model: `python -m refimpl.testbed.train`. About an hour on two cores; it resumes where it was stopped.
 
 A step sees rows of real text, rows of the tasks, and rows of random tokens that repeat themselves; the answers' mean loss counts as
 much as that of all other tokens. The weights it starts from copy already (`start`). Some contexts have the 1,024 tokens of the
