@@ -224,16 +224,16 @@ def rescale_(model: nn.Module, feed: Feed, scale: Tensor) -> None:
     )
     divisor = torch.where(used, scale, 1.0)
     made = weight_of(producer) if is_linear(producer) else _norm_weight(producer)
-    made.copy_(_widened(made) / (divisor[:, None] if made.ndim == 2 else divisor))
+    made.copy_(widened(made) / (divisor[:, None] if made.ndim == 2 else divisor))
     bias = getattr(producer, "bias", None)
     if bias is not None:
-        bias.copy_(_widened(bias) / divisor)
+        bias.copy_(widened(bias) / divisor)
     for name in feed.consumers:
         weight = weight_of(_linear(model, name))
-        weight.copy_(_widened(weight) * scale[feed.source.to(scale.device)])
+        weight.copy_(widened(weight) * scale[feed.source.to(scale.device)])
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """Half precision in float32, all else as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -1,7 +1,7 @@
 r"""Moving the centre of a norm's channels: what is subtracted there is made up by the biases of the layers that read them.
 
 Examples:
-    >>> from refimpl.compression.anatomy import Feed
+    >>> from refimpl.compression.anatomy import Feed, widened
     >>> model = nn.ModuleDict({"norm": nn.LayerNorm(2), "layer": nn.Linear(2, 1, bias=False)})
     >>> feed, x = Feed("norm", ("layer",), torch.arange(2)), torch.tensor([[1.0, 3.0]])
     >>> before = model["layer"](model["norm"](x))
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refimpl.compression.anatomy import Feed
+from refimpl.compression.anatomy import Feed, widened
 from refimpl.compression.protocol import CompressedLinear
 from refimpl.model.linear import is_linear, weight_of
 
@@ -48,19 +48,14 @@ def shift_(model: nn.Module, feed: Feed, shift: Tensor) -> Tensor:
     if not is_shiftable(model, feed):
         raise ValueError(f"{feed.producer} has no bias that could take a shift: leave it, and scale only")
     norm: Any = model.get_submodule(feed.producer)
-    before = _widened(norm.bias.clone())
+    before = widened(norm.bias.clone())
     norm.bias.copy_(before - shift)
-    shift = before - _widened(norm.bias)
+    shift = before - widened(norm.bias)
     for name in feed.consumers:
         layer: Any = model.get_submodule(name)
-        moved = (_widened(weight_of(layer)) @ shift).to(layer.weight.dtype)
+        moved = (widened(weight_of(layer)) @ shift).to(layer.weight.dtype)
         if layer.bias is None:
             layer.bias = nn.Parameter(moved, requires_grad=layer.weight.requires_grad)
         else:
             layer.bias.add_(moved)
     return shift
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Half precision in float32, all else as it is."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))

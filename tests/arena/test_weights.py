@@ -7,6 +7,7 @@ import torch
 
 from refimpl.arena import weights
 from refimpl.arena.protocol import Conditions
+from refimpl.compression.quantization.weight_only.awq import AWQ
 from refimpl.compression.quantization.weight_only.rtn import RTN
 
 
@@ -43,3 +44,13 @@ def test_methods_meet_the_same_layer_quick_or_not():
 def test_a_model_is_refused():
     with pytest.raises(ValueError, match=r"--model here: this arena's substrate is synthetic"):
         weights.baseline(Conditions(torch.Generator(), model=Path("here")))
+
+
+def test_a_method_of_whole_models_takes_part_by_its_layer():
+    """Oracle: AWQ's layer form, called on the arena's layer; its call on a model can't take a weight."""
+    figures = weights.measure(AWQ, {"bits": 3}, Conditions(torch.Generator().manual_seed(0), quick=True))
+    weight, inputs = weights.substrate(torch.Generator().manual_seed(0))
+    held = AWQ(bits=3).layer(weight, inputs)
+    output = inputs @ weight.T
+    assert figures["bytes"] == held.nbytes
+    assert figures["output_error"] == pytest.approx(float((inputs @ held.dense().T - output).norm() / output.norm()))

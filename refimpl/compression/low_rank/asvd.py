@@ -25,7 +25,7 @@ from refimpl.compression.low_rank.factored import output_directions, project, ra
 from refimpl.compression.low_rank.layers import linear_layers, replace_weight
 from refimpl.compression.low_rank.rank_search import Candidate, choose_ranks, perplexities
 from refimpl.compression.protocol import M
-from refimpl.compression.text import check_texts, n_rows, next_tokens, rows_of
+from refimpl.compression.text_loss import check_texts, n_rows, next_tokens, rows_of
 from refimpl.model.linear import weight_of
 
 

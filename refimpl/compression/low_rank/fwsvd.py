@@ -25,7 +25,7 @@ from refimpl.compression.calibration import batches_of
 from refimpl.compression.low_rank.factored import check_size, output_directions, project, rank_for
 from refimpl.compression.low_rank.layers import linear_layers, replace_weight
 from refimpl.compression.protocol import M
-from refimpl.compression.text import IGNORED, check_texts, mean_loss, next_tokens, rows_of
+from refimpl.compression.text_loss import IGNORED, check_texts, mean_loss, next_tokens, rows_of
 from refimpl.model.linear import is_transposed, sizes, weight_of
 
 

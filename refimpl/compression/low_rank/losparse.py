@@ -33,7 +33,7 @@ from refimpl.compression.low_rank.factored import FactoredPlusRows, FactoredWeig
 from refimpl.compression.low_rank.layers import linear_layers, replace
 from refimpl.compression.low_rank.svd import truncate
 from refimpl.compression.protocol import CompressedLinear, CompressedWeight, M
-from refimpl.compression.text import check_texts, mean_loss
+from refimpl.compression.text_loss import check_texts, mean_loss
 from refimpl.model.linear import weight_of
 
 FIRST, LAST = 0.055, 0.275  # shares of the steps before pruning and at its end (675 and 3375 of 12272, train_glue.sh)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refimpl.compression.low_rank.layers import replace
-from refimpl.compression.text import IGNORED, loss_of, next_tokens, repeated, rows_of
+from refimpl.compression.text_loss import IGNORED, loss_of, next_tokens, repeated, rows_of
 from refimpl.model.linear import weight_of
 
 TOKENS = 4096  # that are read at once

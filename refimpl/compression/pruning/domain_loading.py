@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.compression.calibration import batches_of
-from refimpl.compression.text import IGNORED, check_texts, loss_of, next_tokens, rows_of
+from refimpl.compression.text_loss import IGNORED, check_texts, loss_of, next_tokens, rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Domain:
     """Texts of one kind.
 
     Args:
-        texts: batches to train on, as `refimpl.compression.text` takes them.
+        texts: batches to train on, as `refimpl.compression.text_loss` takes them.
         validation: batches to see how far the model is; left out, the texts themselves.
         reference: loss that it should reach there, nats a token (`predicted_loss`); None takes the loss of the model before it is
             pruned.

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.compression.pruning.dependency import Family
-from refimpl.compression.text import mean_loss, rows_of
+from refimpl.compression.text_loss import mean_loss, rows_of
 from refimpl.model.linear import is_transposed, weight_of
 
 Taylor = Literal["vector", "first", "second", "mixed"]

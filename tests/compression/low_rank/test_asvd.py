@@ -14,7 +14,7 @@ from refimpl.compression.low_rank.layers import linear_layers, replace_weight
 from refimpl.compression.low_rank.rank_search import perplexities
 from refimpl.compression.low_rank.svd import SVD
 from refimpl.compression.protocol import CompressedLinear
-from refimpl.compression.text import loss_of
+from refimpl.compression.text_loss import loss_of
 from refimpl.model.linear import weight_of
 from refimpl.model.train import perplexity
 from tests.compression.conftest import decoder

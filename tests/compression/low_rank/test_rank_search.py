@@ -9,7 +9,7 @@ from refimpl.compression.low_rank.asvd import scaled_basis
 from refimpl.compression.low_rank.factored import project
 from refimpl.compression.low_rank.layers import linear_layers, replace, replace_weight
 from refimpl.compression.low_rank.rank_search import Candidate, choose_ranks, perplexities
-from refimpl.compression.text import loss_of
+from refimpl.compression.text_loss import loss_of
 from refimpl.model.linear import weight_of
 from tests.compression.conftest import decoder, llama
 

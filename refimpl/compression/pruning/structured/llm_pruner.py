@@ -29,7 +29,7 @@ from refimpl.compression.calibration import batches_of
 from refimpl.compression.protocol import M
 from refimpl.compression.pruning.dependency import Family, coupled_groups, cut_
 from refimpl.compression.pruning.taylor import Aggregation, Taylor, importance
-from refimpl.compression.text import check_texts, mean_loss
+from refimpl.compression.text_loss import check_texts, mean_loss
 from refimpl.finetuning.peft.lora.lora import LoRA
 from refimpl.model.linear import is_linear, sizes
 
@@ -89,7 +89,7 @@ class LLMPruner:
         Args:
             model: a language model with a list of blocks, from tokens to logits or to an object with `logits`: `refimpl.model`'s
                 decoder, transformers' Llama, OPT, GPT-2 and the like; left unchanged.
-            calibration: texts, tokens `[batch, time]` or a dict with them (`refimpl.compression.text`).
+            calibration: texts, tokens `[batch, time]` or a dict with them (`refimpl.compression.text_loss`).
 
         Raises:
             ValueError: the model has no blocks, or no groups in those that are pruned; there is no calibration data, the model can't

@@ -92,7 +92,7 @@ class ShearedLLaMA:
 
         Args:
             model: one that `anatomy` knows, of one shape in all blocks, that ends in a norm; left unchanged.
-            calibration: texts to train on, tokens `[batch, time]` or a dict with them (`refimpl.compression.text`).
+            calibration: texts to train on, tokens `[batch, time]` or a dict with them (`refimpl.compression.text_loss`).
             domains: texts in several domains, instead of `calibration`.
 
         Raises:

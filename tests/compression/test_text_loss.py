@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from refimpl.compression.text import check_texts, loss_of, mean_loss, n_rows, next_tokens, repeated, rows_of
+from refimpl.compression.text_loss import check_texts, loss_of, mean_loss, n_rows, next_tokens, repeated, rows_of
 from refimpl.model.train import next_token_loss, perplexity
 from tests.compression.conftest import decoder, llama
 
