@@ -258,13 +258,14 @@ class Patient(OBQ):
         return (error.square() / diagonal).argmin(dim=1)
 
 
-def test_claim_outliers_at_once(claim, generator):
+@pytest.mark.parametrize("name", ["outliers-at-once", "outliers-at-once-with-outlier-channels"])
+def test_claim_outliers_at_once(name, claim, generator):
     """Output error with weights beyond half a step rounded at once, over that of the greedy order alone; 3 bits, clipped grids, on
-    correlated inputs of one size."""
-    weight, inputs = layer(generator, 32, 64, 400)
+    correlated inputs of one size, or on some of the arena's layer."""
+    weight, inputs = layer(generator, 32, 64, 400) if name == "outliers-at-once" else small_substrate(generator)
     claim(
         "obq",
-        "outliers-at-once",
+        name,
         error(weight, OBQ(bits=3)(weight, inputs).dense(), inputs)
         / error(weight, Patient(bits=3)(weight, inputs).dense(), inputs),
     )
