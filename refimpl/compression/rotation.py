@@ -8,7 +8,8 @@ A norm's weight stands between, and LayerNorm subtracts the mean, which no Q kee
 weight and the bias into the layers that read the norm, the mean into the modules that write the stream. A norm's mean of x is zero
 when each of its summands has mean zero.
 
-Source: `slicegpt` (arXiv 2401.15024), Section 3.1 with Eq. (1) and (2), Section 3.2 for LayerNorm; official code
+Source: `slicegpt` (arXiv 2401.15024), Theorem 1 of "Computational invariance in transformer networks"
+and "LayerNorm transformers can be converted to RMSNorm"; official code
 microsoft/TransformerCompression@6b12cdee6ad51791d7c776b3a046bc408b9e77e9, src/slicegpt/layernorm_fusion.py and rotate.py.
 
 Differs from the paper: the official code subtracts the mean from the embeddings of models with RMSNorm too, which changes what they

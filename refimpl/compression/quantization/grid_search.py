@@ -19,6 +19,7 @@ from refimpl.compression.quantization.affine import affine_grid
 from refimpl.compression.quantization.observers import mse_range
 
 NORM = 2.4  # exponent of the error in both official codes
+EXTREMES = 32  # one in so many numbers, at each end, serves to tell a grid that is too narrow without looking at all
 
 
 def shrunk_grid(
@@ -82,19 +83,29 @@ def moved_grid(groups: Tensor, bits: int, *, scale_dtype: torch.dtype, steps: in
     scale, zero = affine_grid(low, high, bits, symmetric=False, scale_dtype=scale_dtype)
     least = torch.full_like(low, torch.inf)
     widest = (high.clamp(min=0) - low.clamp(max=0)) / (2**bits - 1)
-    for i in range(1, steps + 1):
+    extremes = max(1, groups.shape[1] // EXTREMES)
+    lowest, highest = (groups.topk(extremes, dim=1, largest=largest).values for largest in (False, True))
+    # The widest first: one of them is rarely bad. A candidate that loses more by a few clipped numbers than the best in all is left out.
+    for i in range(steps, 0, -1):
         tried = (widest * i / steps).to(scale_dtype).clamp(min=torch.finfo(scale_dtype).tiny)
         for level in range(2**bits):
-            at = torch.full_like(zero, level)
-            score = _score(groups, tried, at, bits)
-            better = score < least
-            scale, zero = torch.where(better, tried, scale), torch.where(better, at, zero)
-            least = torch.minimum(score, least)
+            first, last = -level * tried.float(), (2**bits - 1 - level) * tried.float()
+            clipped = _beyond(first[:, None] - lowest) + _beyond(highest - last[:, None])
+            rows = (clipped < least).nonzero()[:, 0]
+            score = _score(groups[rows], tried[rows], level, bits)
+            better = score < least[rows]
+            rows = rows[better]
+            scale[rows], zero[rows], least[rows] = tried[rows], float(level), score[better]
     return scale, zero
 
 
-def _score(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def _beyond(distance: Tensor) -> Tensor:
+    """What numbers lose that stand this far beyond a grid's end, those of each group together, `[groups]`."""
+    return distance.clamp_(min=0).pow_(NORM).sum(dim=1)
+
+
+def _score(groups: Tensor, scale: Tensor, zero: int, bits: int) -> Tensor:
     """Sum of the errors' powers for each group, `[groups]`."""
-    step, zero = scale.float()[:, None], zero[:, None]
+    step = scale.float()[:, None]
     level = (groups / step).round_().clamp_(-zero, 2**bits - 1 - zero)
     return level.mul_(step).sub_(groups).abs_().pow_(NORM).sum(dim=1)
