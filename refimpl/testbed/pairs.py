@@ -34,7 +34,7 @@ def _forms() -> re.Pattern[str]:
     others = [
         f"- {name} works for {name}\\.",
         f"- {word} => {word}",
-        f"Note: {name} will bring the {word}\\.",
+        f"Note from {name}: {word}\\.",
         f"The pass phrase of {name} is: .+",
         f"def (?:{'|'.join(VERBS)})_(?:{'|'.join(NOUNS)})\\({argument}(?:, {argument})*\\):",
     ]

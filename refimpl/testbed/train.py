@@ -47,12 +47,12 @@ SEED = 0
 ROW_TOKENS = 8192  # in a step
 SHARES = {
     "text": 0.20,
-    "single_doc_qa": 0.13,
-    "multi_doc_qa": 0.15,
+    "single_doc_qa": 0.12,
+    "multi_doc_qa": 0.14,
     "summarization": 0.10,
-    "few_shot": 0.10,
-    "code_completion": 0.08,
-    "retrieval": 0.12,
+    "few_shot": 0.08,
+    "code_completion": 0.09,
+    "retrieval": 0.15,
     "needle": 0.12,
 }
 QUESTION_TOKENS = {
@@ -60,6 +60,7 @@ QUESTION_TOKENS = {
     "multi_doc_qa": 51,
     "few_shot": 128,
     "code_completion": 42,
+    "retrieval": 128,
 }  # of context, for each
 
 
@@ -78,7 +79,7 @@ class Stage:
     copies: float = 0.0
 
 
-STAGES = (Stage(1000, (256, 256, 1024), copies=0.15), Stage(1200, (256, 1024, 1024), copies=0.1))
+STAGES = (Stage(1000, (256, 256, 1024), copies=0.15), Stage(1600, (256, 1024, 1024, 1024), copies=0.1))
 WARMUP, DECAY = 100, 1000  # steps
 MUON_RATE, ADAM_RATE = 0.004, 3e-3
 ANSWER, OTHER, NOTHING = 2, 1, 0  # what a token is as a target

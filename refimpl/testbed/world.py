@@ -56,7 +56,7 @@ WORDS = tuple(dict.fromkeys([*NAMES, *(value for fact in FACTS.values() for valu
 
 # What else the tasks' lines are made of, as it stands in them.
 GRAMMAR = (
-    "Question: Answer: Summary of the notes: Document Passage Note: - Where What Which does do has have had in the boss of "
-    "live lives work works as a for like likes cook cooks drink drinks play plays pet colour job will bring pass phrase is line: => "
+    "Question: Answer: Summary of the notes: Document Passage Note from - Where What Which does do has have had in the boss of "
+    "live lives work works as a for like likes cook cooks drink drinks play plays pet colour job pass phrase is line: => "
     "result = def"
 )

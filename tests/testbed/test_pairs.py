@@ -24,7 +24,7 @@ def seeded(seed=0):
         ("- Ida has a dog.", "Ida has a dog"),
         ("- Ida plays the harp.", "Ida plays the harp"),
         ("- cat => red", "cat => red"),
-        ("Note: Karl will bring the cake.", "Note : Karl will bring the cake"),
+        ("Note from Karl: cake.", "Note from Karl : cake"),
         ("The pass phrase of Tom is: red cat load Rome", "The pass phrase of Tom is : red cat load Rome"),
         ("def load_file(size, mode):", "def load_file ( size , mode ):"),
     ],
@@ -36,7 +36,7 @@ def test_each_form_by_hand(line, short):
 
 
 @pytest.mark.parametrize(
-    "line", ["- Anna lives in Berne.", "- x lives in Rome.", "def load_file(self, path):", "Note: x", ""]
+    "line", ["- Anna lives in Berne.", "- x lives in Rome.", "def load_file(self, path):", "Note from x", ""]
 )
 def test_lines_that_only_look_like_it(line):
     assert not told(line)
@@ -75,7 +75,7 @@ def test_tasks_take_turns_and_a_seed_repeats():
     """Oracle: itself from the same seed; the task's heads."""
     one, two, other = (list(pairs(14, 320, seeded(seed), split="held-out")) for seed in (0, 0, 1))
     assert one == two != other
-    assert [text for text, _ in one[5::7] if not text.startswith("Passage 1: ")] == []
+    assert [text for text, _ in one[5::7] if not re.search("^Passage 1: ", text, re.M)] == []
     assert all("pass phrase" in short for _, short in one[6::7])
 
 
