@@ -69,8 +69,22 @@ class Decoder(nn.Module):
         """
         return self.logits(self.hidden(tokens, cache, padding))
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None, padding: Tensor | None = None) -> Tensor:
-        """`forward` without the output layer, for who needs some positions only: `[batch, time, d_model]`, normalized."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        padding: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` without the output layer, for who needs some positions only: `[batch, time, d_model]`, normalized.
+
+        Args:
+            tokens: as in `forward`, as the next two.
+            cache: the tokens before these.
+            padding: of the rows.
+            positions: `[batch or 1, time]`, for tokens that do not stand one behind the other, such as a tree of guesses; they
+                take the place of `padding`, and the cache says who sees whom. None counts on from the cache's length.
+        """
         if tokens.ndim not in (2, 3) or 0 in tokens.shape:
             raise ValueError(
                 f"tokens of shape {tuple(tokens.shape)} must be [batch, time] or [batch, time, d_model], not empty"
@@ -79,7 +93,8 @@ class Decoder(nn.Module):
             raise ValueError(f"padding of shape {tuple(padding.shape)} must be [batch], [{tokens.shape[0]}]")
         x = self.embedding(tokens) if tokens.ndim == 2 else tokens
         start = 0 if cache is None else cache.length
-        positions = positions_of(start, start + x.shape[1], padding, x.device)
+        if positions is None:
+            positions = positions_of(start, start + x.shape[1], padding, x.device)
         step = Step(start, positions, *self.rotary(positions, x.dtype), cache, padding, self.score_bias)
         for layer in self.layers:
             x = layer(x, step)
@@ -122,20 +137,30 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """`[batch, time, d_model]` to the same."""
+        q, k, v = self.project(x, step.cos, step.sin)
+        return self.output(self.mix(q, k, v, step))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[batch, heads or kv_heads, time, head_dim]`, the first two rotated: each token by itself."""
         batch, time, _ = x.shape
         q = self.q_proj(x).view(batch, time, -1, self.head_dim)
         k = self.k_proj(x).view(batch, time, -1, self.head_dim)
         v = self.v_proj(x).view(batch, time, -1, self.head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), step.cos, step.sin)
-        k = rotate(k.transpose(1, 2), step.cos, step.sin)
+        return rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """What the queries find in the cache and these keys, `[batch, heads, time, head_dim]`."""
         positions = None
         if step.cache is not None:
             k, v, positions = step.cache.update(self.layer, k, v, q, step.positions)
         mask, causal = step.mask(k.shape[2], positions, self.window)
-        out = self.attend(q, k, v, causal=causal) if mask is None else self.attend(q, k, v, causal=False, mask=mask)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))  # type: ignore[no-any-return]
+        return self.attend(q, k, v, causal=causal) if mask is None else self.attend(q, k, v, causal=False, mask=mask)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        """`[batch, heads, time, head_dim]` to `[batch, time, d_model]`."""
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class AttentionFunction(Protocol):

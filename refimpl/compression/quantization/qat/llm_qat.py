@@ -13,6 +13,7 @@ Not here: an end of text, at which the official generation stops a row early; th
 MinMax's three levels); a packed cache in models of transformers, whose caches hold the rounded values as they are.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -99,12 +100,12 @@ class LLMQAT(QAT):
             )
         device = next(teacher.parameters()).device
         drawn = torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        while True:
-            order = torch.randperm(vocabulary(teacher), generator=generator).to(device)
-            for i, first in enumerate(torch.split(order, batch)):
-                if len(first) == batch or len(order) < batch:
-                    rows = first if len(first) == batch else first.repeat(-(-batch // len(first)))[:batch]
-                    yield written(teacher, rows, GREEDY[i % len(GREEDY)], length + 1, drawn)
+        left = torch.empty(0, dtype=torch.int64)
+        for greedy in itertools.cycle(GREEDY):
+            while len(left) < batch:
+                left = torch.cat([left, torch.randperm(vocabulary(teacher), generator=generator)])
+            first, left = left[:batch], left[batch:]
+            yield written(teacher, first.to(device), greedy, length + 1, drawn)
 
     def loss(self, student: nn.Module, teacher: nn.Module, batch: Tensor) -> Tensor:
         """Cross-entropy of the student's predictions under the teacher's, a mean over positions, in nats.

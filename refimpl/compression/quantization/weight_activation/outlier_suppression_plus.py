@@ -11,7 +11,7 @@ thresholds down to 0.1 instead of 1; feed-forwards without a gate keep their ins
 
 Differs from the paper: the inputs of attention's own products are not quantized; the official code does so in its configurations
 for tokens and groups only. Ranges that are fixed are means over all batches, each counted once; the official code counts the
-first twice.
+first twice. Every position counts; the official code leaves those of padding out of the search's error and of fixed ranges.
 
 Not here: integer kernels; models that normalize after each addition (BERT), where the shift stays in the residual path; scales for
 groups of channels; token-wise clipping.
@@ -38,11 +38,7 @@ from refimpl.compression.shift import is_shiftable, shift_
 from refimpl.model.bits import pack, unpack
 from refimpl.model.linear import is_linear, weight_of
 
-LEAST, LEAST_UNSHIFTED, STRIDE = (
-    1.0,
-    0.1,
-    0.5,
-)  # smallest thresholds, and how far apart they may be, in the official code
+LEAST, LEAST_UNSHIFTED, STRIDE = 1.0, 0.1, 0.5  # the official code's smallest thresholds, and how far apart they may be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +162,8 @@ class OutlierSuppressionPlus:
         for i in range(steps + 1 if largest >= least else 0):
             t = largest + (least - largest) * i / steps
             scale = threshold_scales(low, high, t)
-            error = float(
-                (output(self._read(x / scale, t), self._rounded(output.weight * scale)) - exact).square().sum()
-            )
+            moved = output(self._read(x / scale, t), self._rounded(output.weight * scale))
+            error = float((moved - exact).square().sum())
             if error < least_error:
                 best, least_error = scale, error
         return best
@@ -247,7 +242,7 @@ def stages(model: nn.Module, part: BlockParts) -> list[tuple[Feed | None, list[s
     """
     found = {feed.producer: feed for feed in feeds(model, part)}
     gated = part.gate is not None
-    inner = [part.gate, part.up] if part.gate is not None else [part.up]
+    inner = [name for name in (part.gate, part.up) if name is not None]
     return [
         (found[part.attention_norm], list(dict.fromkeys((part.q, part.k, part.v))), part.o),
         (None, [part.o], None),

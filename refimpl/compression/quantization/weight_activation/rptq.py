@@ -5,11 +5,13 @@ reordering (`reorder`); official code hahnyuan/RPTQ4LLM@96190691f02be6b27ba24d5a
 quantize/opt_reorder_quantize.py for what is reordered, quantize/quant_transformer_layer.py for the order of things.
 
 As in the official code, what norms make has 8 bits at least; queries, keys and values are rounded where they are made; weights are
-rounded by GPTQ, on a grid for each row, given quantized inputs.
+rounded by GPTQ, on a grid for each row and cluster of columns.
 
-Differs from the paper: the order follows from one run of the original model, and ranges are extremes over all texts, seen behind the
-layers that are quantized already; the official code takes the order there too, and moving averages for ranges. In layouts with
-rotary positions queries and keys are clustered where they stand, and rounded before they are turned.
+Differs from the paper: the order follows from one run of the original model, and ranges are extremes over all texts, seen behind all
+layers before, which are quantized already; the official code takes both behind the quantized blocks before, inside of a block from
+what is not quantized yet, and moving averages for ranges. GPTQ is given quantized inputs; the official code lets them pass as they
+are while it gathers ranges and Hessians in one run. Grids are those that `clusters` and `clustered` state. In layouts with rotary
+positions queries and keys are clustered where they stand, and rounded before they are turned.
 
 Not here: a cache that holds codes (it holds their values); 8-bit attention probabilities; kernels.
 """
@@ -25,9 +27,8 @@ from torch import Tensor, nn
 from refimpl.compression.anatomy import BlockParts, anatomy
 from refimpl.compression.calibration import batches_of, inputs_by_group
 from refimpl.compression.protocol import CompressedLinear, M
-from refimpl.compression.quantization.clustered import ClusteredWeight, ClusterRounded
+from refimpl.compression.quantization.clustered import ClusteredWeight, ClusterRounded, clustered_gptq
 from refimpl.compression.quantization.clusters import ClusterGrids, kmeans
-from refimpl.compression.quantization.weight_only.gptq import GPTQ
 from refimpl.compression.ranges import Range, channel_ranges
 from refimpl.compression.reorder import (
     movable,
@@ -58,8 +59,8 @@ class RPTQ:
         >>> config = Config(vocabulary=61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40)
         >>> model = initialize_(Decoder(config), torch.Generator().manual_seed(0))
         >>> small = RPTQ(clusters=4)(model, [torch.arange(60).view(2, 30)])
-        >>> small.layers[0].attention.q_proj.compressed.nbytes  # half bytes, 32 scales and zeros; 32 labels, 4 scales and zeros
-        688
+        >>> small.layers[0].attention.q_proj.compressed.nbytes  # half bytes, 4 x 32 scales and zeros; 2 x 32 labels, 4 scales and zeros
+        992
     """
 
     bits: int = 4
@@ -102,7 +103,7 @@ class RPTQ:
             for name in names:
                 layer = layers[name]
                 assert is_linear(layer)
-                stored = GPTQ(bits=self.bits, group_size=None)(weight_of(layer), seen)
+                stored = clustered_gptq(weight_of(layer), seen, clusters.read[name], self.bits)
                 held = stored if grids is None else ClusteredWeight(stored, copy.deepcopy(grids))
                 packed = CompressedLinear(held, layer.bias)
                 if name in clusters.made:

@@ -1,5 +1,6 @@
 """BitNet b1.58: the layer by its formulas, gradients by those of the norm, and where norms go."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 
 from refimpl.compression.protocol import CompressedLinear
 from refimpl.compression.quantization.qat.bitnet_b158 import BitLinear, BitNet
+from refimpl.compression.quantization.qat.ternary import absmean
 from refimpl.model.model import Decoder, RMSNorm, initialize_
 from refimpl.model.train import perplexity, train, windows
 from tests.compression.conftest import decoder, gpt2, llama, opt
@@ -51,12 +53,15 @@ def test_norms_move_into_the_layers_that_read_them():
     model = decoder()
     for block in model.layers:
         block.attention_norm.weight.data.uniform_(0.5, 2)
-    student = BitNet().prepare(model)
+        block.attention_norm.eps = 0.01
+    student = BitNet(eps=0.02).prepare(model)
     for before, after in zip(model.layers, student.layers, strict=True):
         assert isinstance(after.attention_norm, nn.Identity) and isinstance(after.feed_forward_norm, nn.Identity)
         for name in ("q_proj", "k_proj", "v_proj"):
             assert torch.equal(getattr(after.attention, name).norm, before.attention_norm.weight)
-        assert (after.attention.o_proj.norm == 1).all() and (after.feed_forward.down_proj.norm == 1).all()
+            assert getattr(after.attention, name).eps == 0.01
+        for new in (after.attention.o_proj, after.feed_forward.down_proj):
+            assert (new.norm == 1).all() and new.eps == 0.02
     assert isinstance(student.norm, RMSNorm) and isinstance(student.lm_head, nn.Linear)
 
 
@@ -122,9 +127,14 @@ def ternary(trained):
 
 
 def test_claim_near_full_precision_and_better_than_rounding(trained, ternary, claim):
-    """Perplexity over that of the same model in full precision after as many steps, and over that of this one rounded."""
+    """Perplexity over that of the same model in full precision after as many steps, and over that of this one with its weights made
+    ternary, and nothing else of it changed.
+    """
     floating = from_nothing(trained)
-    rounded = BitNet().convert(BitNet().prepare(floating))
+    rounded = copy.deepcopy(floating)
+    for layer in [module for module in rounded.layers.modules() if isinstance(module, nn.Linear)]:
+        codes, scale = absmean(layer.weight.detach())
+        layer.weight.data.copy_(codes * scale)
     ours, full, after = (perplexity(m, trained.unseen, LENGTH, batch=64) for m in (ternary, floating, rounded))
     claim("bitnet-b158", "near-full-precision", ours / full)
     claim("bitnet-b158", "beats-rounding-afterwards", ours / after)

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from refimpl.compression.anatomy import anatomy, feeds, rescale_
 from refimpl.compression.protocol import CompressedLinear
+from refimpl.compression.quantization.weight_activation import outlier_suppression_plus
 from refimpl.compression.quantization.weight_activation.outlier_suppression_plus import (
     OutlierSuppressionPlus,
     divide_,
@@ -52,10 +53,11 @@ def off(one, other):
     return float((one - other).norm() / other.norm())
 
 
-def test_no_output_changes_before_rounding(build, tokens, logits, architecture):
+def test_no_output_changes_before_rounding(build, tokens, logits, architecture, monkeypatch):
     """Oracle: the logits before, in float64. Then norms with a bias are centred, and no channel of theirs is beyond the largest
     threshold; the others are scaled only. Control: something moved.
     """
+    monkeypatch.setattr(outlier_suppression_plus, "STRIDE", float("inf"))  # twelve thresholds, however large the inputs
     model = plant(build().double())
     expected = logits(model, tokens)
     moved = Unrounded(steps=12)(model, [tokens])
@@ -75,6 +77,30 @@ def test_no_output_changes_before_rounding(build, tokens, logits, architecture):
         assert (torch.maximum(-least, greatest)).max() < 0.5 * torch.maximum(-low, high).max()
     inside = (before[part.down][1] / after[part.down][1]).nan_to_num(1.0)
     assert (inside.max() > 1.001) == (architecture in ("decoder", "llama"))  # of gated feed-forwards, scaled too
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (opt, [(True, 1.0, "out_proj"), (True, 1.0, None)]),
+        (decoder, [(False, 0.1, "o_proj"), (False, 0.1, "down_proj"), (False, 0.1, None)]),
+    ],
+)
+def test_what_is_searched_and_how_far(build, expected, tokens):
+    """Oracle: the official code: the error is that of attention's output, of what the gate lets through, or of the layer's own output;
+    thresholds go down to 1, and to 0.1 where nothing is shifted.
+    """
+    calls = []
+
+    class Noting(Unrounded):
+        def scale(self, x, output, least):
+            low, high = x.flatten(0, -2).aminmax(dim=0)
+            target = next((name for name, module in output.around.named_modules() if module is output.target), None)
+            calls.append((bool((low + high).abs().max() < 1e-4), least, target))
+            return torch.ones_like(low)
+
+    Noting()(build(), [tokens])
+    assert calls == expected * 4
 
 
 class Product:
@@ -150,8 +176,20 @@ def test_rows_of_a_quantized_layer_are_divided(granularity, symmetric, tokens, g
     ],
 )
 def test_weights_and_inputs_are_on_their_grids(change, levels, grids, tokens, logits):
-    """Oracle: counting: levels of a row, or of all rows; and of a token's inputs, or of all."""
-    small = OutlierSuppressionPlus(steps=4, **change)(opt(), [tokens[:2], tokens[2:]])
+    """Oracle: counting: levels of a row, or of all rows; and of a token's inputs, or of all. A fixed grid spans the mean of the batches'
+    ranges, by hooks on a layer that reads nothing quantized.
+    """
+    batches = [tokens[:2], tokens[2:]]
+    small = OutlierSuppressionPlus(steps=4, **change)(opt(), batches)
+    first, ends = small.get_submodule(anatomy(opt()).blocks[0].q), []
+    first.register_forward_pre_hook(lambda _m, args: ends.append(torch.stack(args[0].aminmax())))
+    for batch in batches:
+        small(batch)
+    if first.compressed.input_scale is not None:
+        low, high = torch.stack(ends).mean(dim=0)
+        width = 2 * max(-low, high) if change.get("symmetric") else high - low
+        assert_close(first.compressed.input_scale, width / (levels - 1), rtol=1e-5, atol=0)
+        assert not torch.allclose(ends[0], ends[1], rtol=1e-3)
     held = small.get_submodule(anatomy(opt()).blocks[1].q).compressed
     assert held.scale.numel() == grids
     rows = held.dense() if grids == 32 else held.dense().view(1, -1)
@@ -241,7 +279,7 @@ def losses(model, method, calibration, text):
 @pytest.fixture(scope="module")
 def error():
     """`error(method)`: of the logits on random tokens, of an OPT with planted outliers, far to one side too; each computed once."""
-    texts = torch.randint(0, 61, (2, 32, 32), generator=torch.Generator().manual_seed(0))
+    texts = torch.randint(0, 61, (2, 16, 32), generator=torch.Generator().manual_seed(0))
     model = plant(opt())
     return cache(lambda method: losses(model, method, [texts[0]], texts[1]))
 
