@@ -8,7 +8,7 @@ weights, `affine_grid(*range, bits, …)`; that of activations, `Activations.gri
     `mse_range`           the share of the range that moves the numbers least; `best_range` for any other quantizer
     `kl_range`            the range whose histogram loses least information, in nats
 
-Source: `ocs` (arXiv 1901.09504), Section 2 on clipping, official code cornell-zhang/dnn-quant-ocs@ca3a413c73850b4e5d7aac558f5856b44060e39c,
+Source: `ocs` (arXiv 1901.09504), on clipping; official code cornell-zhang/dnn-quant-ocs@ca3a413c73850b4e5d7aac558f5856b44060e39c,
 distiller/quantization/clip.py, `find_clip_mmse`, for the shares 0.01 to 0.99 of the range; `tensorrt-int8-2017`, "Entropy Calibration -
 pseudocode", for the divergence, and what the slides leave open from NVIDIA/TensorRT@35477bdb94eab72862ffbdf66d4419e408bef45f,
 tools/pytorch-quantization/pytorch_quantization/calib/histogram.py, `_compute_amax_entropy`: which bins make a level where their number
@@ -40,11 +40,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refimpl.compression.quantization.affine import Granularity, affine_grid, nearest, to_groups
+from refimpl.compression.quantization.divergence import AT_ONCE, BINS, kl_bins, magnitudes
 
 Range = tuple[Tensor, Tensor]
-
-BINS = 2048  # of a histogram of magnitudes
-AT_ONCE = 2**22  # numbers that a step may hold
 
 
 def best_range(
@@ -67,6 +65,9 @@ def best_range(
     Returns:
         Least and greatest value of the range, `[...]`, float32; 0 lies between them.
 
+    Raises:
+        ValueError: there are no values, or they hold NaN or infinity.
+
     Examples:
         With the levels -a and a, the mean magnitude is best:
 
@@ -74,6 +75,7 @@ def best_range(
         >>> best_range(values, lambda low, high: torch.where(values < 0, low, -low), steps=10)
         (tensor(-2.), tensor(0.4000))
     """
+    _check(values)
     values = values.float()
     low, high = _range(values)
 
@@ -115,7 +117,8 @@ def mse_range(
         As `best_range`.
 
     Raises:
-        ValueError: a range is wider than `scale_dtype` can express.
+        ValueError: bits outside 1 to 8; there are no values, or they hold NaN or infinity; a range is wider than `scale_dtype` can
+            express.
 
     Examples:
         Levels 0, c/3, 2c/3 and c: $99 (c/3 - 1)^2 + (12 - c)^2$ is least at 3.75; tried are multiples of 0.12.
@@ -123,6 +126,9 @@ def mse_range(
         >>> mse_range(torch.tensor([1.0] * 99 + [12.0]), 2)[1]
         tensor(3.7200)
     """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits={bits} must be 1 to 8")
+    _check(values)
     rows = values.reshape(-1, values.shape[-1]).float()
 
     def rounded(low: Tensor, high: Tensor) -> Tensor:
@@ -144,100 +150,6 @@ def zero_filled(weight: Tensor, granularity: Granularity, group_size: int) -> Te
     return to_groups(F.pad(weight, (0, missing)), granularity, group_size)
 
 
-def magnitudes(values: Tensor, bins: int = BINS, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    r"""Histogram of $|x|$, from 0 to the largest, in bins of equal width.
-
-    Args:
-        values: `[..., n]`, each row for itself.
-        bins: how many.
-        largest: `[...]`, where the last bin ends, for counts of several batches to be added up; None: at the largest magnitude.
-
-    Returns:
-        Counts `[..., bins]`, float64 holding integers, and the width of a bin `[...]`, float64.
-
-    Examples:
-        >>> magnitudes(torch.tensor([0.0, -1.0, 1.5, 4.0]), bins=4)
-        (tensor([1., 2., 0., 1.], dtype=torch.float64), tensor(1., dtype=torch.float64))
-    """
-    size = values.double().abs()
-    largest = size.amax(dim=-1) if largest is None else largest.double()
-    width = (largest / bins).clamp(min=torch.finfo(torch.float64).tiny)
-    place = (size / width[..., None]).long().clamp_(max=bins - 1).view(-1, size.shape[-1])
-    place += torch.arange(len(place), device=place.device)[:, None] * bins
-    counts = torch.bincount(place.flatten(), minlength=largest.numel() * bins)
-    return counts.double().view(*largest.shape, bins), width
-
-
-def kl_bins(counts: Tensor, levels: int) -> Tensor:
-    r"""The number $i$ of bins that a grid of magnitudes should cover, $\operatorname{argmin}_i D_{KL}(P_i \| Q_i)$.
-
-    $P_i$ are the first i bins, with the count of all others added to the last. $Q_i$ are the first i bins alone, merged to `levels`
-    levels, bin j to level $\lfloor j \cdot \text{levels} / i \rfloor$; each level's count is spread over those of its bins that
-    are not empty. A candidate whose last bin is empty, and which has some beyond, diverges infinitely. Sums over bins are differences of running sums, so that a candidate costs as much as it has levels.
-
-    Args:
-        counts: `[..., bins]`, histograms of magnitudes.
-        levels: at least 2, 128 for 8 bits with a sign; candidates are `levels` to `bins`.
-
-    Returns:
-        i, `[...]`, the greatest of those whose divergence is least.
-
-    Raises:
-        ValueError: there are fewer bins than levels.
-
-    Examples:
-        With all eight bins, levels of two would lose the difference between 12 and 2; without the last four, one number is clipped.
-
-        >>> kl_bins(torch.tensor([12.0, 2.0, 12.0, 2.0, 0.0, 0.0, 0.0, 1.0]), 4)
-        tensor(4)
-    """
-    bins = counts.shape[-1]
-    if not 2 <= levels <= bins:
-        raise ValueError(f"levels={levels} must be 2 to {bins}, the number of bins")
-    tried = torch.arange(levels, bins + 1, device=counts.device)
-    rows = counts.reshape(-1, bins)
-    parts = [divergence(part, levels, tried) for part in torch.split(rows, max(1, AT_ONCE // (len(tried) * levels)))]
-    lost = torch.cat(parts)
-    equal = lost <= lost.amin(dim=1, keepdim=True) + 1e-12  # to rounding
-    return torch.where(equal, tried, 0).amax(dim=1).view(counts.shape[:-1])
-
-
-def divergence(counts: Tensor, levels: int, tried: Tensor) -> Tensor:
-    r"""$D_{KL}(P_i \| Q_i)$ of candidates i, as `kl_bins` defines them.
-
-    Args:
-        counts: `[rows, bins]`.
-        levels: as in `kl_bins`.
-        tried: i of each candidate.
-
-    Returns:
-        In nats, `[rows, len(tried)]`, float64.
-
-    Examples:
-        P is (2, 6) / 8 and Q is (3, 3) / 6:
-
-        >>> divergence(torch.tensor([[2.0, 4.0, 2.0]]), 1, torch.tensor([2])).round(decimals=3).tolist()
-        [[0.131]]
-    """
-    counts = counts.double()
-
-    def running(x: Tensor) -> Tensor:
-        return torch.cat([x.new_zeros(len(x), 1), x.cumsum(dim=1)], dim=1)
-
-    total, terms = counts.sum(dim=1, keepdim=True).clamp(min=1), running(torch.xlogy(counts, counts))
-    edges = (
-        torch.arange(levels + 1, device=counts.device) * tried[:, None] + levels - 1
-    ) // levels  # [tried, levels + 1]
-    mass = running(counts)[:, edges].diff(dim=2)
-    height = mass / running((counts > 0).double())[:, edges].diff(dim=2).clamp(min=1)
-    last = counts[:, tried - 1]
-    inside = running(counts)[:, tried]
-    outside = total - inside
-    p_log_p = terms[:, tried - 1] + torch.xlogy(last + outside, last + outside) - torch.xlogy(total, total)
-    p_log_q = torch.xlogy(mass, height).sum(dim=2) + torch.xlogy(outside, height[..., -1]) - torch.xlogy(total, inside)
-    return torch.where((last > 0) | (outside == 0), (p_log_p - p_log_q) / total, torch.inf)
-
-
 def kl_range(values: Tensor, bits: int = 8, *, bins: int = BINS) -> Range:
     r"""The values' range, clipped at the threshold $\pm T$ of least divergence.
 
@@ -250,7 +162,7 @@ def kl_range(values: Tensor, bits: int = 8, *, bins: int = BINS) -> Range:
         Least and greatest value of the range, `[...]`, float32; 0 lies between them.
 
     Raises:
-        ValueError: bits outside 2 to 8, or fewer bins than levels.
+        ValueError: bits outside 2 to 8, or fewer bins than levels; there are no values, or they hold NaN or infinity.
 
     Examples:
         >>> low, high = kl_range(torch.cat([torch.linspace(-1, 3, 4001), torch.tensor([40.0])]))
@@ -259,6 +171,7 @@ def kl_range(values: Tensor, bits: int = 8, *, bins: int = BINS) -> Range:
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"bits={bits} must be 2 to 8; with one bit, the positive half has a single level")
+    _check(values)
     rows = values.reshape(-1, values.shape[-1]).float()
     thresholds = []
     for part in torch.split(rows, max(1, AT_ONCE // bins)):
@@ -268,6 +181,13 @@ def kl_range(values: Tensor, bits: int = 8, *, bins: int = BINS) -> Range:
     threshold = torch.cat(thresholds).float().view(values.shape[:-1])
     low, high = _range(values.float())
     return torch.maximum(low, -threshold), torch.minimum(high, threshold)
+
+
+def _check(values: Tensor) -> None:
+    if values.ndim == 0 or values.shape[-1] == 0:
+        raise ValueError(f"values of shape {tuple(values.shape)} must be [..., n] with n >= 1")
+    if values.numel() and not all(torch.isfinite(extreme) for extreme in values.aminmax()):  # they carry every NaN
+        raise ValueError("values hold NaN or infinity: look for the weight or the calibration text that causes it")
 
 
 def _range(values: Tensor) -> Range:

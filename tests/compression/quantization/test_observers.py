@@ -1,4 +1,4 @@
-"""Observers: the divergence by the slides' pseudocode in numpy, shares of ranges by brute force, and both where they are used."""
+"""Observers: shares of ranges by brute force, thresholds by the slides' definition, and both where they are used."""
 
 import numpy as np
 import pytest
@@ -7,80 +7,8 @@ from torch.testing import assert_close
 
 from refimpl.compression.quantization.activations import Activations, integer_weight
 from refimpl.compression.quantization.affine import affine_grid, dequantize, quantize
-from refimpl.compression.quantization.observers import (
-    best_range,
-    divergence,
-    kl_bins,
-    kl_range,
-    magnitudes,
-    mse_range,
-    zero_filled,
-)
-
-
-def divergences(counts, levels):
-    """The slides' loop over thresholds, bin by bin; a level's bins are those whose left end lies in it."""
-    found = {}
-    for i in range(levels, len(counts) + 1):
-        p = np.array(counts[:i], dtype=float)
-        p[-1] += sum(counts[i:])
-        q = np.zeros(i)
-        for level in range(levels):
-            bins = [j for j in range(i) if level * i <= j * levels < (level + 1) * i]
-            full = [j for j in bins if counts[j]]
-            for j in full:
-                q[j] = sum(counts[k] for k in bins) / len(full)
-        p, q = p / p.sum(), q / max(q.sum(), 1)
-        terms = [a * np.log(a / b) if b else np.inf for a, b in zip(p, q, strict=True) if a]
-        found[i] = sum(terms)
-    return found
-
-
-@pytest.mark.parametrize(("bins", "levels"), [(24, 4), (24, 8), (25, 2), (33, 7)])
-def test_divergence_by_the_pseudocode(bins, levels, generator):
-    """Oracle: the definition, bin by bin, in numpy: every candidate, and the widest of the best. Empty bins are among them."""
-    falling = torch.arange(bins, 0, -1) ** 2
-    counts = (torch.rand(5, bins, generator=generator) * falling / 20).floor()
-    counts[1, 5:20], counts[2, -1], counts[3, :3] = 0, 0, 0
-    tried = torch.arange(levels, bins + 1)
-    ours, chosen = divergence(counts, levels, tried), kl_bins(counts, levels)
-    for row, found, best in zip(counts.tolist(), ours.tolist(), chosen.tolist(), strict=True):
-        expected = divergences(row, levels)
-        assert found == pytest.approx(list(expected.values()), abs=1e-12)
-        least = min(expected.values())
-        assert best == max(i for i, value in expected.items() if value <= least + 1e-12)
-    assert len(set(chosen.tolist())) > 2  # negative control: there is something to choose
-
-
-def test_the_example_of_the_slides():
-    """Oracle: the slides' worked numbers: (1, 0, 2, 3 | 5, 3, 1, 7) becomes (2, 0, 2, 2 | 4, 4, 4, 4), the empty bin stays empty."""
-    p, q = (np.array(x) / 22 for x in ([1, 2, 3, 5, 3, 1, 7], [2, 2, 2, 4, 4, 4, 4]))
-    found = divergence(torch.tensor([[1.0, 0, 2, 3, 5, 3, 1, 7]]), 2, torch.tensor([8]))
-    assert float(found) == pytest.approx(float((p * np.log(p / q)).sum()))
-
-
-def test_known_thresholds():
-    """Oracle: by hand. Steps as wide as a level lose nothing, whatever lies beyond is kept; a fine pattern below a lone number is
-    worth more than that; and a tail that ends in an empty bin can't be cut there."""
-    steps = torch.tensor([8.0, 8, 6, 6, 4, 4, 2, 2])
-    assert int(kl_bins(steps, 4)) == 8 and float(divergence(steps[None], 4, torch.tensor([8]))) == pytest.approx(0)
-    pattern = torch.tensor([90.0, 10, 90, 10, 0, 0, 0, 1])
-    assert int(kl_bins(pattern, 4)) == 4
-    assert torch.isinf(divergence(pattern[None], 4, torch.tensor([5, 6, 7]))).all()
-
-
-@pytest.mark.parametrize("bins", [7, 64])
-def test_histograms_are_numpys(bins, generator):
-    """Oracle: numpy. Rows are counted each for itself; batches that share the largest add up."""
-    values = torch.randn(3, 200, generator=generator, dtype=torch.float64)
-    counts, width = magnitudes(values, bins)
-    for row, found, step in zip(values.abs().numpy(), counts, width, strict=True):
-        expected, edges = np.histogram(row, bins=bins, range=(0, row.max()))
-        assert found.tolist() == expected.tolist()
-        assert float(step) == pytest.approx(edges[1])
-    largest = values.abs().amax(dim=1)
-    parts = [magnitudes(part, bins, largest)[0] for part in (values[:, :50], values[:, 50:])]
-    assert torch.equal(parts[0] + parts[1], counts)
+from refimpl.compression.quantization.observers import best_range, kl_range, mse_range, zero_filled
+from tests.compression.quantization.test_divergence import divergences
 
 
 def brute(values, bits, symmetric, norm):
@@ -108,6 +36,14 @@ def test_no_other_share_errs_less(bits, norm, symmetric, generator):
     for row, *found in zip(values, low.tolist(), high.tolist(), strict=True):
         assert found == pytest.approx(brute(row, bits, symmetric, norm))
     assert (high < values.amax(dim=1) * 0.95).any()  # negative control: something is clipped
+
+
+@pytest.mark.parametrize("least", [1, 3])
+def test_the_last_share_is_tried(least):
+    """Oracle: by hand. A single level errs least at the median, 0.1, and the least share is the nearest to it."""
+    values = torch.tensor([0.1] * 9 + [1.0])
+    _, high = best_range(values, lambda _low, high: high.expand(10), norm=1.0, steps=10, least=least)
+    assert float(high) == pytest.approx(least / 10)
 
 
 def test_activations_take_the_ranges(generator):
@@ -149,6 +85,7 @@ def test_a_threshold_ends_in_the_middle_of_a_bin():
     threshold = (min(expected, key=expected.get) + 0.5) * 10 / 64
     assert float(high) == pytest.approx(threshold) and float(low) == pytest.approx(max(-threshold, float(values.min())))
     assert threshold < 4
+    assert kl_range(-values, 4, bins=64) == (-high, -low)  # below 0 too
 
 
 def test_zeros_do_not_move_the_threshold(generator):
@@ -190,6 +127,11 @@ def test_groups_are_filled_up_with_zeros():
     [
         (lambda: kl_range(torch.ones(3), 1), "bits=1 must be 2 to 8"),
         (lambda: kl_range(torch.ones(3), 8, bins=64), "levels=128 must be 2 to 64, the number of bins"),
+        (lambda: mse_range(torch.ones(3), 0), "bits=0 must be 1 to 8"),
+        (lambda: mse_range(torch.ones(2, 0), 4), r"values of shape \(2, 0\) must be \[..., n\] with n >= 1"),
+        (lambda: mse_range(torch.tensor([1.0, torch.nan]), 4), "values hold NaN or infinity"),
+        (lambda: kl_range(torch.tensor([1.0, torch.inf]), 4), "values hold NaN or infinity"),
+        (lambda: best_range(torch.tensor([torch.nan]), lambda low, high: low), "values hold NaN or infinity"),
         (lambda: mse_range(torch.full((3,), 1e8), 2, scale_dtype=torch.float16), r"use scale_dtype=torch\.float32"),
     ],
 )

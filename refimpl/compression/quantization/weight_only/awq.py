@@ -1,31 +1,27 @@
 r"""AWQ: scale the weights that meet large activations up before rounding, and undo it where the activations are made.
 
 Source: `awq` (arXiv 2306.00978), Section 3.2 with Eq. (4) and (5); official code
-mit-han-lab/llm-awq@d6e797a42b9ef7778de8ee2352116e0f48a78d61, awq/quantize/auto_scale.py (`auto_scale_block`), auto_clip.py and pre_quant.py
-(`run_awq`): which layers share a scale and what is judged by, 20 exponents, 10 limits, 512 tokens for them.
+mit-han-lab/llm-awq@d6e797a42b9ef7778de8ee2352116e0f48a78d61, awq/quantize/pre_quant.py (`run_awq`) for the order, and auto_clip.py
+(`auto_clip_block`) for what stays unclipped, queries and keys. `refimpl/compression/quantization/scalings.py` has the layers that share
+factors, and `activation_aware.py` beside it the searches: 20 exponents, 10 limits, 512 tokens for the limits.
 
 Differs from the paper: grids are those of `rtn`, which contain 0 and have scales in float16, rounded up; the official code's need not,
 and clip a group whose weights all lie on one side of 0. The errors of single layers and of clipped groups are computed from their
-inputs' second moments, to the same sums. What a norm feeds is judged by the attention or the feed-forward that reads it, as in the
-official code; where that is the block itself (OPT's feed-forward), by the layer. Where the official code has no GPT-2, its rules for the
-like are taken (MPT, BigCode): values scale the output layer, the fused layer stays unclipped, and the input of the last layer,
-which no operator can absorb behind a GELU, is divided at run time.
+inputs' second moments, to the same sums. A layer that queries, keys and values share stays unclipped, as in MPT; in BigCode the official code clips it.
 
-Not here: kernels; other architectures; symmetric grids. With grouped heads, where several columns of the output layer read one value,
-that layer keeps its scale, as in the official code.
+Not here: kernels; symmetric grids.
 """
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from refimpl.compression.anatomy import BlockParts, Feed, anatomy, feeds, rescale_
-from refimpl.compression.block_inputs import Given, block_inputs, hidden_states, without_cache
+from refimpl.compression.anatomy import BlockParts, anatomy, rescale_
+from refimpl.compression.block_inputs import Given, block_inputs, hidden_states
 from refimpl.compression.blocks import find_blocks
 from refimpl.compression.calibration import batches_of
 from refimpl.compression.protocol import CompressedLinear, M, check_layer
@@ -38,10 +34,9 @@ from refimpl.compression.quantization.activation_aware import (
     output_error,
 )
 from refimpl.compression.quantization.packed import QuantizedWeight
+from refimpl.compression.quantization.scalings import Calls, Scaling, calls_of, layer_at, scalings
 from refimpl.compression.quantization.weight_only.rtn import RTN
 from refimpl.model.linear import is_linear, sizes, weight_of
-
-Calls = dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]  # what modules are called with, by name, batch by batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +92,7 @@ class AWQ:
         for i, (part, given) in enumerate(zip(parts, block_inputs(small, name, batches), strict=True)):
             inputs, divided = self.scale_block_(small, part, f"{name}.{i}", given)
             for path in part.linear:
-                layer, factor = _linear(small, path), divided.get(path)
+                layer, factor = layer_at(small, path), divided.get(path)
                 low = self._quantized(weight_of(layer), inputs[path], clip=path not in (part.q, part.k))
                 parent, _, child = path.rpartition(".")
                 held = low if factor is None else ScaledWeight(low, factor)
@@ -153,7 +148,7 @@ class AWQ:
         calls = calls_of(model, name, watched, given)
         inputs = {path: torch.cat([args[0].flatten(0, -2) for args, _ in calls[path]]) for path in part.linear}
         for path, x in inputs.items():
-            if not torch.isfinite(weight_of(_linear(model, path))).all():
+            if not torch.isfinite(weight_of(layer_at(model, path))).all():
                 raise ValueError(f"the weight of layer {path!r} holds NaN or infinity: it can't be compressed")
             if not torch.isfinite(x).all():
                 raise ValueError(f"the calibration data makes NaN or infinity in the inputs of layer {path!r}")
@@ -168,16 +163,16 @@ class AWQ:
                 )
             for path in scaling.feed.consumers:
                 if not scaling.feed.producer:
-                    weight = weight_of(_linear(model, path))
+                    weight = weight_of(layer_at(model, path))
                     divided[path] = factor.to(half(weight))
                     factor = divided[path].float()
                     weight.mul_(factor)
                 inputs[path] = inputs[path].float() / factor
         return inputs, divided
 
-    def _search(self, model: nn.Module, scaling: "Scaling", inputs: dict[str, Tensor], calls: Calls) -> Tensor:
+    def _search(self, model: nn.Module, scaling: Scaling, inputs: dict[str, Tensor], calls: Calls) -> Tensor:
         """The factors of a scaling, `[in]`."""
-        layers = [_linear(model, path) for path in scaling.feed.consumers]
+        layers = [layer_at(model, path) for path in scaling.feed.consumers]
         x = inputs[scaling.feed.consumers[0]]
         mean = x.abs().float().mean(dim=0)
         if scaling.around is None:
@@ -213,66 +208,5 @@ class AWQ:
         return weight.shape[1] if self.group_size is None else min(self.group_size, weight.shape[1])
 
 
-@dataclass(frozen=True, eq=False)
-class Scaling:
-    """Layers that share their factors.
-
-    Attributes:
-        feed: who makes their input, and how it reaches them; its producer is empty where nothing can take the factors.
-        around: name of the module whose output judges the factors; None: the one layer does.
-    """
-
-    feed: Feed
-    around: str | None
-
-
-def scalings(model: nn.Module, part: BlockParts, name: str) -> Iterator[Scaling]:
-    """The scalings of a block, in the order in which data reaches the layers.
-
-    Args:
-        model: that of the block.
-        part: the block's parts.
-        name: of the block.
-    """
-    for feed in feeds(model, part):
-        if len(torch.unique(feed.source)) == len(feed.source):  # with grouped heads, several columns read one value
-            parent = feed.consumers[0].rpartition(".")[0]
-            by_norm = feed.producer in (part.attention_norm, part.feed_forward_norm)
-            yield Scaling(feed, parent if by_norm and parent != name else None)
-    if not part.scales_through:
-        yield Scaling(Feed("", (part.down,), torch.arange(sizes(_linear(model, part.down))[1])), None)
-
-
-def calls_of(model: nn.Module, name: str, watched: Iterable[str], given: list[Given]) -> Calls:
-    """What modules of a block are called with.
-
-    Args:
-        model: that of the block.
-        name: of the block.
-        watched: names of the modules.
-        given: what the block is called with, as `block_inputs` gives it.
-    """
-    calls: Calls = {path: [] for path in watched}
-
-    def watch(path: str) -> Any:
-        def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            calls[path].append((args, {key: without_cache(value) for key, value in kwargs.items()}))
-
-        return note
-
-    with ExitStack() as hooks:
-        for path in calls:
-            hooks.enter_context(model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True))
-        for x, _, args, kwargs in given:
-            model.get_submodule(name)(x, *args, **kwargs)
-    return calls
-
-
 def _channels(producer: nn.Module) -> int:
     return sizes(producer)[0] if is_linear(producer) else len(producer.weight)  # type: ignore[arg-type]
-
-
-def _linear(model: nn.Module, path: str) -> nn.Linear:
-    layer = model.get_submodule(path)
-    assert is_linear(layer)
-    return layer

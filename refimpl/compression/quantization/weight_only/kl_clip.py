@@ -2,7 +2,7 @@ r"""KL clipping: round to nearest on the grid whose histogram tells least apart 
 
 Source: `tensorrt-int8-2017`, "Entropy Calibration - pseudocode", for the threshold; `refimpl/compression/quantization/observers.py`
 has it (`kl_range`), for activations and other quantizers, and says what is taken from NVIDIA's code. Its use on weights is a baseline of
-`ocs` (arXiv 1901.09504), Section 2; official code cornell-zhang/dnn-quant-ocs@ca3a413c73850b4e5d7aac558f5856b44060e39c,
+`ocs` (arXiv 1901.09504); official code cornell-zhang/dnn-quant-ocs@ca3a413c73850b4e5d7aac558f5856b44060e39c,
 distiller/quantization/clip.py, `find_clip_entropy`.
 
 Differs from the paper: the slides find thresholds for activations, and leave weights unclipped. With fewer bits than 8 there are

@@ -1,7 +1,7 @@
 r"""MSE clipping: round to nearest on the grid, narrower than the weights' range, that moves them least.
 
-Source: `aciq` (arXiv 1810.05723), Section 3, for the trade-off between clipping and rounding that the squared error measures; `ocs`
-(arXiv 1901.09504), Section 2, for the search, whose official code is named in `refimpl/compression/quantization/observers.py`, where the
+Source: `aciq` (arXiv 1810.05723) for the trade-off between clipping and rounding that the squared error measures; `ocs`
+(arXiv 1901.09504), on clipping, for the search, whose official code is named in `refimpl/compression/quantization/observers.py`, where the
 search stands (`mse_range`) for other quantizers to use.
 
 Differs from the paper: every channel has its own range, where `ocs` clips whole tensors; `granularity="tensor"` does that. The grid may

@@ -2,14 +2,16 @@ r"""OmniQuant: learn the ranges of a weight's grids, and shifts and scales of it
 
 Source: `omniquant` (arXiv 2308.13137), Eq. (1) for the loss, Eq. (2) for learnable weight clipping (LWC, in `learned_clipping`),
 Eq. (3) to (5) for the learnable equivalent transformation (LET, in `learned_transform`); official code
-OpenGVLab/OmniQuant@95fae1bd00eaa60d03a20eb39c76c4cb173f51f7, quantize/omniquant.py and main.py, of which epochs, texts and
-learning rates are the defaults.
+OpenGVLab/OmniQuant@95fae1bd00eaa60d03a20eb39c76c4cb173f51f7, quantize/omniquant.py and main.py, whose number of texts and learning
+rates are the defaults. Epochs are 20, as in the paper; that code makes 10 unless told otherwise.
 
 A block's target is what the original blocks before it and itself make of the texts; its input comes from the blocks that are
 quantized already. Quantized activations are those of all linear layers, and the queries, keys and values.
 
 Differs from the paper: a step takes a calibration batch, in order, where the official code takes one text of 2048 tokens. Queries and
-keys are rounded before rotary positions turn them, there after. See the two modules for ranges, factors and shifts.
+keys are rounded before rotary positions turn them, there after. Where activations are left as they are, so are queries and keys, whose
+scales would change no weight's rounding error; the official code learns them all the same. See the two modules for ranges, factors and
+shifts.
 
 Not here: a loss against the original block on the quantized block's input (`aug_loss`); mixtures of experts; kernels.
 """

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from refimpl.arena.weights import substrate
@@ -118,6 +119,20 @@ def test_a_short_last_group_is_fitted_for_itself(generator):
     assert_close(dense[:, 16:], HQQ(group_size=5, **method)(weight[:, 16:]).dense())
     assert_close(dense[:, :16], HQQ(group_size=16, **method)(weight[:, :16]).dense())
     assert HQQ(group_size=None)(weight).scale.shape == (4,)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_what_fills_a_group_up_does_not_decide_when_to_stop(bits, generator):
+    """Oracle: the groups alone; several draws, as not every one would stop elsewhere."""
+    moved = []
+    for _ in range(4):
+        groups = torch.randn(5, 12, generator=generator)
+        scale, zero = real_grid(groups, bits, scale_dtype=torch.float32)
+        filled, present = (F.pad(x, (0, 20)) for x in (groups, torch.ones_like(groups)))
+        alone = fitted_zeros(groups, scale, zero, bits)
+        assert_close(fitted_zeros(filled, scale, zero, bits, present=present), alone, rtol=1e-4, atol=1e-4)
+        moved.append(float((alone - zero).abs().max()))
+    assert max(moved) > 0.1  # negative control
 
 
 @pytest.mark.parametrize(
