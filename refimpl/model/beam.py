@@ -9,12 +9,12 @@ Not here: a penalty or norm of length, groups of diverse beams, sampling within 
 """
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from refimpl.model.cache import FullCache
+from refimpl.model.cache import Cache, FullCache
 from refimpl.model.generate import check_arguments
 from refimpl.model.model import Decoder
 
@@ -40,6 +40,7 @@ def beam_search(
     *,
     stop: Collection[int] = (),
     padding: Tensor | None = None,
+    cache: "RowsCache | None" = None,
 ) -> Beams:
     r"""Continue prompts by up to `n` tokens $y$ of high $\log p(y \mid x) = \sum_t \log p(y_t \mid x, y_{<t})$.
 
@@ -52,6 +53,7 @@ def beam_search(
         beams: beginnings that are kept, 1 or more.
         stop: tokens that end a continuation; what follows repeats the one that ended it, at no cost.
         padding: `[batch]`, tokens of left padding in each row.
+        cache: an empty one, of which beams choose rows; None makes a `RowCache`.
 
     Returns:
         As many continuations as beams, or all that there are; fewer tokens than n if every one has ended.
@@ -74,7 +76,8 @@ def beam_search(
     batch, vocabulary = len(tokens), model.config.vocabulary
     first_row = torch.arange(batch, device=tokens.device)[:, None]
     ends = torch.tensor(sorted(stop), device=tokens.device, dtype=torch.int64)
-    cache = RowCache(model.config.sliding_window, reserve=tokens.shape[1] + n - 1)
+    if cache is None:
+        cache = RowCache(model.config.sliding_window, reserve=tokens.shape[1] + n - 1)
     scores = torch.zeros(batch, 1, device=tokens.device, dtype=torch.float32)
     ended = torch.zeros(batch, 1, device=tokens.device, dtype=torch.bool)
     written = tokens.new_zeros(batch, 1, 0)
@@ -99,8 +102,16 @@ def beam_search(
         new = following.view(-1, 1)
 
 
+class RowsCache(Cache, Protocol):
+    """A cache whose rows can be chosen, repeated and put into another order."""
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these of the rows held, `[new batch]`."""
+        ...
+
+
 class RowCache(FullCache):
-    """A full cache whose rows can be chosen, repeated and put into another order."""
+    """A full cache whose rows are copied where they are chosen."""
 
     def select(self, rows: Tensor) -> None:
         """Go on with these of the rows held, `[new batch]`."""
