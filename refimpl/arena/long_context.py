@@ -11,7 +11,7 @@ A method's settings are its own, but for one: `compression` stands for the `budg
 (`tokens_to_keep`), sample by sample, so that all methods that drop tokens have the same. The figure `compression` counts
 bytes, and so is less than the setting where a cache holds more than its budget of tokens: room to append, scores.
 
-Methods join by `cache(config)`, or, where they shorten the prompt instead, by `compressor(tokenizer, model)`: then the full cache
+Methods join by `cache(config)`, those that are fitted to a model after `calibrated(model, texts)` on training text, or, where they shorten the prompt instead, by `compressor(tokenizer, model)`: then the full cache
 holds what they leave of the text, with the question as many tokens as a cache of the same setting would.
 """
 
@@ -33,6 +33,7 @@ from refimpl.model.model import Decoder
 from refimpl.testbed.sample import Sample
 
 LENGTH, SAMPLES, QUICK_SAMPLES, CHUNK, LEAST = 896, 20, 4, 128, 8
+WINDOWS, QUICK_WINDOWS, WINDOW = 16, 4, 256  # of training text, for methods that are calibrated
 
 ABOUT = (
     f"The testbed's model in bfloat16 answers questions on texts of up to {LENGTH} tokens from a compressed cache: the task's own "
@@ -120,6 +121,13 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
             f"{implementation.__name__} has neither `cache(config)` nor `compressor(tokenizer, model)`, "
             "through which methods join this arena"
         )
+
+    if callable(getattr(implementation, "calibrated", None)):
+        given = substrate(conditions)
+        windows = QUICK_WINDOWS if conditions.quick else WINDOWS
+        text = testbed.Subject(given.model, given.tokenizer).text("train", windows * WINDOW)
+        fitted = implementation(**settings).calibrated(given.model, list(text.view(windows, WINDOW)))
+        return figures(given, lambda config, _: fitted.cache(config), conditions)
 
     def cache(config: Config, read: int) -> Cache:
         own = dict(settings)

@@ -196,6 +196,28 @@ def test_a_prompt_compressor_that_keeps_all_answers_as_the_full_cache():
     assert exact(arena.measure(Last, {"compression": 1}, conditions())) == full
 
 
+def test_a_method_that_is_calibrated_is_fitted_to_training_text_first(tiny):
+    """Oracle: by hand: the first windows of training text, the substrate's model, and the cache of what comes back."""
+    told = []
+
+    class Fitted:
+        def __init__(self, bits=2, ready=False):
+            self.bits, self.ready = bits, ready
+
+        def calibrated(self, model, texts):
+            told.append((type(model), torch.cat(texts), {len(text) for text in texts}, self.bits))
+            return Fitted(ready=True)
+
+        def cache(self, config):
+            assert self.ready
+            return FullCache()
+
+    assert exact(arena.measure(Fitted, {"bits": 3}, conditions())) == exact(arena.baseline(conditions()))
+    ((model, text, lengths, bits),) = told
+    assert (model, lengths, bits) == (type(tiny), {256}, 3)
+    assert torch.equal(text, testbed.corpus.tokens("train", 4 * 256))
+
+
 def test_a_method_of_neither_kind_is_refused():
     with pytest.raises(TypeError, match=r"dict has neither `cache\(config\)` nor `compressor\(tokenizer, model\)`"):
         arena.measure(dict, {}, conditions())

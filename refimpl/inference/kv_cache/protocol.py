@@ -14,12 +14,14 @@ A method is a frozen configuration; `method.cache(config)` makes an empty `refim
 `Config`, which turns its keys as `config.rope` says. All that lives from call to call is in the cache. Methods write one
 `LayerCache`, which meets rows of equal length without padding; `layered.LayeredCache` makes a cache of it, for all layers and
 for padded batches. A method that drops tokens has the field `budget`; one that keeps recent tokens as they are has
-`residual_length`: made as large as the text, they must make the method exact.
+`residual_length`: made as large as the text, they must make the method exact. One that is fitted to a model offline has
+`calibrated(model, texts)`, which returns it fitted; its cache works without, too.
 
 Invariants, run for every method by `tests/inference/kv_cache/test_protocol.py`: with budget or residual as large as the text
 logits are those of `FullCache`; a short text is kept; the layer's keys in chunks or at once leave the same state, where no attention
-scores are needed; a padded batch equals its rows one by one; one key head and several; `reset` forgets everything; `nbytes` is
-what the tensors hold that can be reached from the cache; no gradient is held; far beyond the budget, memory stays bounded.
+scores are needed and no block is made of what a call brings; a padded batch equals its rows one by one; one key head and
+several; `reset` forgets everything; `nbytes` is what the tensors hold that can be reached from the cache; no gradient is
+held; far beyond the budget, memory stays bounded.
 
 Examples:
     >>> tokens_to_keep(1000, 8), tokens_to_keep(3, 8), tokens_to_keep(0, 8)

