@@ -84,13 +84,14 @@ def _figures(method: Decoding, conditions: Conditions) -> dict[str, float]:
         sum(int(getattr(decoded, name).sum()) for decoded in runs)
         for name in ("rounds", "drafted", "accepted", "rejected")
     )
+    length = sum(int((decoded.drafted if decoded.depth is None else decoded.depth).sum()) for decoded in runs)
     cost = _cost(draft, given.model, prompts[:batch]) if any(decoded.draft_calls for decoded in runs) else 0.0
     return {
         "target_calls_per_token": sum(decoded.target_calls for decoded in runs) / (NEW * len(pairs)),
         "accepted_share": accepted / max(drafted, 1),
         "seconds_per_token": seconds / (NEW * rows),
         "speedup": sum(taken for (_, taken), _ in pairs) / seconds,
-        "expected_speedup": expected_speedup(accepted / max(accepted + rejected, 1), drafted / rounds, cost),
+        "expected_speedup": expected_speedup(accepted / max(accepted + rejected, 1), length / rounds, cost),
         "identical": sum(int((x.tokens == y.tokens).all(dim=1).sum()) for (x, _), (y, _) in greedy) / rows,
     }
 

@@ -52,7 +52,8 @@ class Cache(Protocol):
 
         Returns:
             Keys and values `[batch, kv_heads, kept, head_dim]`, and their positions: `[batch or 1, kept]` or
-            `[batch or 1, kv_heads, kept]`, below 0 for an entry that nobody attends to; None stands for the last `kept`
+            `[batch or 1, kv_heads, kept]`, below 0 for an entry that nobody attends to; `[batch or 1, 1 or kv_heads, time,
+            kept]` where each query is to see entries of its own, as in a tree of guesses; None stands for the last `kept`
             tokens in order, the new ones among them.
         """
         ...

@@ -58,8 +58,9 @@ class Step:
         return self._masks[kept, window], False
 
     def _build(self, keys: Tensor, window: int | None) -> Tensor:
-        """`[batch or 1, 1 or heads, time, kept]` from positions `[batch or 1, kept]` or `[batch or 1, kv_heads, kept]`."""
-        k = keys[:, None, None, :] if keys.ndim == 2 else keys[:, :, None, :]
+        """`[batch or 1, 1 or heads, time, kept]` from positions as `Cache.update` returns them."""
+        k = keys[:, None] if keys.ndim == 2 else keys
+        k = k[:, :, None] if k.ndim == 3 else k  # [b, 1 or heads, 1 or time, kept]
         q = self.positions[:, None, :, None]
         visible = (k <= q) & ((k >= 0) | (k == q))  # padding sees itself: a row without a key would be NaN
         if window is not None:

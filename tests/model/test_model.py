@@ -264,6 +264,19 @@ def test_an_attention_method_of_the_survey_fits(generator, tokens):
     assert seen["out"].shape == (3, 4, 33, 8)
 
 
+def test_positions_may_be_told(generator, tokens):
+    """Oracle: positions that are counted, of padding and behind a cache. Control: others give other logits."""
+    model, padding = decoder(generator), torch.tensor([0, 2, 5])
+    counted = torch.arange(tokens.shape[1]) - padding[:, None]
+    whole = model.hidden(tokens, None, padding)
+    assert torch.equal(model.hidden(tokens, None, padding, counted), whole)
+    cache = FullCache()
+    model.hidden(tokens[:, :4], cache, padding)
+    told = model.hidden(tokens[:, 4:], cache, padding, counted[:, 4:])
+    assert_close(told[:, 1:], whole[:, 5:], **CLOSE)
+    assert not torch.allclose(model.hidden(tokens, None, padding, 2 * counted), whole, atol=0.1)
+
+
 def test_embeddings_stand_for_tokens(generator, tokens):
     """Oracle: the same tokens, embedded by hand."""
     model = decoder(generator)

@@ -72,3 +72,19 @@ def test_told_positions_by_key_head_and_with_a_bias():
         for i, q in enumerate((5, 6)):
             for j, k in enumerate(told[0, head // 2].tolist()):
                 assert biased[0, head, i, j] == (k - q if sees(q, k, None) else float("-inf"))
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_told_positions_of_each_query_own(window):
+    """Oracle: brute force over rows, queries and keys; two branches behind one past, whose second row has padding."""
+    positions = torch.tensor([[2, 3, 3, 4], [1, 2, 2, 3]])
+    tree = Step(0, positions, torch.zeros(1), torch.zeros(1), None, None, None)
+    unseen = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0]]).bool()  # 3 stands behind 1
+    past = torch.tensor([[0, 1], [-1, 0]])[:, None].expand(2, 4, 2)
+    told = torch.cat((past, positions[:, None].expand(2, 4, 4).masked_fill(unseen, -1)), dim=2)
+    mask, causal = tree.mask(6, told[:, None], window)
+    assert not causal and mask.shape == (2, 1, 4, 6)
+    for row in range(2):
+        for query in range(4):
+            at = int(positions[row, query])
+            assert mask[row, 0, query].tolist() == [sees(at, k, window) for k in told[row, query].tolist()]

@@ -8,7 +8,7 @@ Source: `speculative-decoding` (arXiv 2211.17192), Section 2 and Eq. (1), Theore
 
 Differs from the paper: no round guesses beyond what n has room for.
 
-Not here: trees of guesses, which need a mask of their own; batches that take in a new prompt where one has ended. A prompt is
+Not here: trees of guesses, which need a mask of their own (`tree`); batches that take in a new prompt where one has ended. A prompt is
 read in one call. With rotary positions of the type `dynamic`, beyond `max_positions`, a token's frequencies depend on how many
 are read with it, so that tokens read in one call are not those read one by one.
 """
@@ -165,10 +165,15 @@ def draft_and_verify(
     *,
     stop: Collection[int] = (),
     padding: Tensor | None = None,
+    reader: Reader | None = None,
 ) -> Decoded:
-    """Continue prompts by up to n tokens; arguments as in `protocol.Decoding.decode`, checked before."""
+    """Continue prompts by up to n tokens; arguments as in `protocol.Decoding.decode`, checked before.
+
+    A drafter that shares the target's cache brings the `reader` that holds it, new; the next round's reading cuts off what
+    it left there.
+    """
     time = tokens.shape[1]
-    rows, reader = Rows.begin(tokens, n, stop), Reader(target, padding, time + n)
+    rows, reader = Rows.begin(tokens, n, stop), reader or Reader(target, padding, time + n)
     rounds, drafted, accepted, rejected = torch.zeros(4, len(tokens), dtype=torch.int64)
     while bool(rows.running.any()):
         ran, draft = rows.running, drafter.propose(rows)

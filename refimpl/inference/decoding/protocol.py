@@ -49,7 +49,8 @@ class Decoded:
         rounds: `[batch]`, target calls before each row's end.
         drafted: `[batch]`, guesses that were put to the target.
         accepted: `[batch]`, of these, those in the output.
-        rejected: `[batch]`, of these, those that were replaced.
+        rejected: `[batch]`, of these, those that were replaced; of siblings, all of which were, one counts.
+        depth: `[batch]`, tokens of the longest branch in each round, together; None where guesses are a chain: `drafted`.
     """
 
     tokens: Tensor
@@ -59,6 +60,7 @@ class Decoded:
     drafted: Tensor
     accepted: Tensor
     rejected: Tensor
+    depth: Tensor | None = None
 
     @property
     def acceptance(self) -> float:

@@ -8,7 +8,7 @@ layer (`[batch, 1, time, kept]`) and writes by index; as long as they are even, 
 Source: none. Differs from `refimpl.model.cache.FullCache`: goes back row by row; keeps all keys of sliding-window layers too,
 since a draft is taken back further than a window would allow, and the mask hides what is outside of it.
 
-Not here: branches of a tree of guesses, which share a past and are not a row's next entries.
+Not here: branches of a tree of guesses, which share a past and are not a row's next entries (`tree.TreeCache`).
 """
 
 from dataclasses import dataclass

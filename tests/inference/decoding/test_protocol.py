@@ -28,11 +28,19 @@ def method(entry):
     return entry.load()() if entry else Plain()
 
 
+PREPARED = {}  # by method, target and draft model: the target that it was made for, and what was made
+
+
 @pytest.fixture(params=["good", "itself", "bad"])
-def draft(request, method, target, drafts, generator):
-    """What the method made of a draft model."""
-    text = torch.randint(0, 61, (600,), generator=generator)
-    return method.prepare(target, drafts[request.param], text, generator)
+def draft(request, entry, method, target, drafts, generator):
+    """What the method made of a draft model: made once, and copied for each test, but for the parts that are the target's own."""
+    name = (entry and entry.id, request.node.callspec.params["target"], request.param)
+    if name not in PREPARED:
+        text = torch.randint(0, 61, (600,), generator=generator)
+        PREPARED[name] = copy.deepcopy((target, method.prepare(target, drafts[request.param], text, generator)))
+    first, made = PREPARED[name]
+    mine, its = ([*model.modules(), *model.parameters()] for model in (target, first))
+    return copy.deepcopy(made, {id(one): other for one, other in zip(its, mine, strict=True)})
 
 
 def test_there_are_methods():
@@ -96,8 +104,11 @@ def test_draws_follow_the_targets_distribution(entry, method, generator):
     assert p_value(counts, chances(target, prompt, 3, 1.0)) < 1e-9
 
 
-def test_same_seed_same_tokens_and_nothing_is_left_for_the_next_call(method, target, draft):
-    """Oracle: the call again, after another one on other prompts, and by a fresh configuration."""
+def test_same_seed_same_tokens_and_nothing_is_left_for_the_next_call(entry, method, target, draft):
+    """Oracle: the call again, after another one on other prompts, and by a fresh configuration.
+
+    Another seed gives others, unless a method is not exact and may do without draws, as typical acceptance does.
+    """
     tokens, padding = pad(PROMPTS)
     fresh = copy.deepcopy(method)
 
@@ -110,7 +121,7 @@ def test_same_seed_same_tokens_and_nothing_is_left_for_the_next_call(method, tar
     first = draw(method, 3)
     method.decode(target, torch.tensor([[1, 2]]), 5, draft=draft)
     assert draw(method, 3) == first == draw(fresh, 3)
-    assert draw(method, 4) != first
+    assert draw(method, 4) != first or (entry and not entry.facets.exact)
     assert method == fresh
 
 
