@@ -218,14 +218,18 @@ def test_training_on_windows_needs_the_teachers_text_only(generator, monkeypatch
 
         def round(self, pools, roles, answer, n, generator):
             sizes.append((runs[-1].done - 1, len(pools.cache), n))
-            return super().round(pools, roles, answer, n, generator)
+            runs[-1].place += 1  # wherever the last pool was left, the new one is read from its start
+            found = super().round(pools, roles, answer, n, generator)
+            firsts.append(pools.train[:3])
+            return found
 
         def objective(self, student, given):
             seen.append(given)
             return super().objective(student, given)
 
-    sizes, seen = [], []
+    sizes, seen, firsts, modes = [], [], [], set()
     student = student_of(generator)
+    student.norm.register_forward_pre_hook(lambda module, _: modes.add((module.training, torch.is_grad_enabled())))
     text = (torch.randint(0, 7, (3, 12), generator=generator) for _ in range(99))
     optimizer = torch.optim.AdamW(student.parameters(), 0.01)
     distill(student, Sealed(), Watched(growth=1 / 3), optimizer, text, 24, generator)
@@ -233,6 +237,8 @@ def test_training_on_windows_needs_the_teachers_text_only(generator, monkeypatch
     assert sizes[0][1:] == (36, 6) and {n for _, _, n in sizes} == {6}  # 12 batches of three; a third, half hard
     for given in seen:
         assert torch.equal(given.tokens[:, 6:], counting(given.tokens[:, :6], 6)) and given.mask.sum() == 3 * 6
+    assert modes == {(True, True), (False, False)}  # it learns in training mode, and answers in evaluation mode
+    assert [[tuple(row) for row in seen[step].tokens[:, :6].tolist()] for step, _, _ in sizes] == firsts
     pools = runs[0].pools
     asked = {tuple(row) for given in seen[20:] for row in given.tokens[:, :6].tolist()}
     assert asked == set(pools.train) and len(asked) == 12  # four batches of three: each once

@@ -10,6 +10,7 @@ from refimpl.compression.anatomy import anatomy
 from refimpl.compression.pruning import domain_loading
 from refimpl.compression.pruning.domain_loading import Domain, Loading, Watch, predicted_loss, text_loss
 from refimpl.compression.pruning.gates import Shape, gated, open_gates, shape_of
+from refimpl.compression.pruning.structured import sheared_llama
 from refimpl.compression.pruning.structured.sheared_llama import ShearedLLaMA
 from refimpl.model.config import Config
 from refimpl.model.linear import weight_of
@@ -96,6 +97,21 @@ def test_half_precision_is_trained_in_float32_and_rounded(build, architecture, t
     for mine, theirs in zip(small.parameters(), expected.parameters(), strict=True):
         assert mine.dtype == torch.bfloat16 and not mine.requires_grad
         assert torch.equal(mine, theirs.bfloat16())
+
+
+def test_domains_are_evaluated_with_the_gates_of_the_moment(tokens, monkeypatch):
+    """Oracle: pruning.sh by hand: so many evaluations while pruning, of the model as the gates leave it, and so many of the cut one."""
+    widths = []
+
+    def update(self, model, loading):
+        norms = [name for name, module in model.named_modules() if name.endswith("norm") and module._forward_hooks]
+        widths.append((model.norm.weight.numel(), len(norms)))
+
+    monkeypatch.setattr(Watch, "update", update)
+    monkeypatch.setattr(sheared_llama, "EVALUATIONS", 2)
+    monkeypatch.setattr(sheared_llama, "EVALUATIONS_AFTER", 3)
+    ShearedLLaMA(target={"d_model": 16}, steps=4, continued_steps=3)(decoder(), [tokens])
+    assert widths == [(32, 9)] * 2 + [(16, 0)] * 3  # two norms in each of four blocks, and the last
 
 
 @pytest.mark.parametrize(
