@@ -10,7 +10,8 @@ LayerNorm): norms are taken over the channels that are not zero.
 
 Differs from the paper: gates of heads and neurons go into the columns of the layer that reads them (there, into the rows of the one before
 it, which a GELU does not allow); the output layer's weight is not multiplied by the gates once more when it is cut, which the official
-code calls a mistake. With grouped heads a gate is a key head's; the paper's model has none.
+code calls a mistake; embeddings meet the gates of channels before the cut, too, where the official code first multiplies them in it.
+With grouped heads a gate is a key head's; the paper's model has none.
 
 Examples:
     >>> from refimpl.model.config import Config
