@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.compression.blocks import find_blocks
-from refimpl.model.linear import is_linear, sizes, weight_of
+from refimpl.model.linear import is_linear, linear_at, sizes, weight_of
 
 # Names inside a block: norm, queries, keys, values, output; norm, gate (None: there is none), up, down.
 LAYOUTS: dict[str, tuple[str | None, ...]] = {
@@ -187,9 +187,11 @@ def feeds(model: nn.Module, block: BlockParts) -> Iterator[Feed]:
         >>> [feed.source.tolist() for feed in feeds(model, anatomy(model).blocks[0])][1]
         [0, 1, 2, 3, 0, 1, 2, 3]
     """
-    inner, width = sizes(_linear(model, block.up))
+    inner, width = sizes(linear_at(model, block.up))
     yield Feed(block.attention_norm, tuple(dict.fromkeys((block.q, block.k, block.v))), torch.arange(width))
-    first = sizes(_linear(model, block.v))[0] - block.n_kv_heads * block.head_dim  # a fused layer makes the values last
+    first = (
+        sizes(linear_at(model, block.v))[0] - block.n_kv_heads * block.head_dim
+    )  # a fused layer makes the values last
     values = first + torch.arange(block.n_kv_heads * block.head_dim).view(block.n_kv_heads, block.head_dim)
     yield Feed(block.v, (block.o,), values.repeat_interleave(block.n_heads // block.n_kv_heads, dim=0).flatten())
     yield Feed(block.feed_forward_norm, tuple(n for n in (block.gate, block.up) if n is not None), torch.arange(width))
@@ -229,7 +231,7 @@ def rescale_(model: nn.Module, feed: Feed, scale: Tensor) -> None:
     if bias is not None:
         bias.copy_(widened(bias) / divisor)
     for name in feed.consumers:
-        weight = weight_of(_linear(model, name))
+        weight = weight_of(linear_at(model, name))
         weight.copy_(widened(weight) * scale[feed.source.to(scale.device)])
 
 
@@ -248,12 +250,6 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
     for part in name.split("."):
         module = getattr(module, part, None)
     return module if isinstance(module, nn.Module) else None
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    assert is_linear(module)
-    return module
 
 
 def _parts(model: nn.Module, prefix: str, block: nn.Module, layout: str) -> BlockParts:
@@ -279,8 +275,8 @@ def _parts(model: nn.Module, prefix: str, block: nn.Module, layout: str) -> Bloc
         gate=gate,
         up=up,
         down=down,
-        n_heads=sizes(_linear(model, o))[1] // head_dim,
-        n_kv_heads=sizes(_linear(model, v))[0] // heads // head_dim,
+        n_heads=sizes(linear_at(model, o))[1] // head_dim,
+        n_kv_heads=sizes(linear_at(model, v))[0] // heads // head_dim,
         head_dim=head_dim,
         scales_through=gate is not None or isinstance(activation, nn.ReLU),
     )

@@ -12,13 +12,11 @@ Differs from the paper: layouts with rotary positions, where the channels of que
 Not here: which order.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from refimpl.compression.anatomy import BlockParts
-from refimpl.model.linear import is_linear, weight_of
+from refimpl.model.linear import linear_at, weight_of
 
 
 class ReorderedNorm(nn.Module):
@@ -104,12 +102,12 @@ def _flat(index: Tensor) -> Tensor:
 
 
 def _rows(model: nn.Module, name: str) -> int:
-    return len(weight_of(_layer(model, name)))
+    return len(weight_of(linear_at(model, name)))
 
 
 def _order_rows_(model: nn.Module, name: str, index: Tensor, first: int = 0) -> None:
     """Order the rows of a layer, and its bias, from row `first` on."""
-    layer = _layer(model, name)
+    layer = linear_at(model, name)
     for made in (weight_of(layer), layer.bias):
         if made is not None:
             rows = made[first : first + len(index)]
@@ -117,11 +115,5 @@ def _order_rows_(model: nn.Module, name: str, index: Tensor, first: int = 0) -> 
 
 
 def _order_columns_(model: nn.Module, name: str, index: Tensor) -> None:
-    weight = weight_of(_layer(model, name))
+    weight = weight_of(linear_at(model, name))
     weight.copy_(weight[:, index])
-
-
-def _layer(model: nn.Module, name: str) -> Any:
-    layer = model.get_submodule(name)
-    assert is_linear(layer)
-    return layer

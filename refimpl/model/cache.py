@@ -165,11 +165,11 @@ class FullCache:
             size = max(need, self.reserve if not held.seen else 2 * capacity)
         else:
             size = need + (STEP if held.seen else 0)  # a prompt's room is given back by the next call
-        held.k, held.v = (_moved(x[:, :, held.start : held.end], size) for x in (held.k, held.v))
+        held.k, held.v = (resized(x[:, :, held.start : held.end], size) for x in (held.k, held.v))
         held.start, held.end = 0, held.end - held.start
 
 
-def _moved(x: Tensor, size: int) -> Tensor:
+def resized(x: Tensor, size: int) -> Tensor:
     """A buffer of `size` tokens that begins with x."""
     new = x.new_empty((*x.shape[:2], size, x.shape[3]))
     new[:, :, : x.shape[2]] = x

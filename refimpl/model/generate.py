@@ -64,7 +64,7 @@ def generate(
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     new: list[Tensor] = []
     while True:
-        following = _choose(model.logits(hidden[:, -1]), temperature, generator)  # [b]
+        following = chosen(model.logits(hidden[:, -1]), temperature, generator)  # [b]
         if ends is not None:
             if new:
                 following = torch.where(ended, new[-1], following)
@@ -101,7 +101,7 @@ def pad(rows: Collection[Collection[int]], token: int = 0) -> tuple[Tensor, Tens
     return torch.tensor(filled), torch.tensor(padding)
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+def chosen(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """A token of each row, `[batch]`, from logits `[batch, vocabulary]`."""
     if temperature == 0:
         return logits.argmax(dim=-1)

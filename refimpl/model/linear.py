@@ -18,6 +18,18 @@ def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     return isinstance(module, nn.Linear) or (module is not None and is_transposed(module))
 
 
+def linear_at(model: nn.Module, path: str) -> nn.Linear:
+    """The linear layer of that name.
+
+    Examples:
+        >>> linear_at(nn.Sequential(nn.ReLU(), nn.Linear(5, 7)), "1")
+        Linear(in_features=5, out_features=7, bias=True)
+    """
+    layer = model.get_submodule(path)
+    assert is_linear(layer), f"{path} is no linear layer"
+    return layer
+
+
 def sizes(layer: nn.Linear) -> tuple[int, int]:
     """A layer's outputs and inputs.
 

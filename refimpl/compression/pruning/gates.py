@@ -40,7 +40,7 @@ from refimpl.compression.anatomy import Anatomy, BlockParts, anatomy
 from refimpl.compression.blocks import find_blocks, keep_blocks
 from refimpl.compression.pruning.slimming import keep_inputs_, keep_outputs_, recount_heads_
 from refimpl.model.config import Config
-from refimpl.model.linear import is_linear, sizes
+from refimpl.model.linear import linear_at, sizes
 
 KINDS = ("hidden", "blocks", "heads", "inner")
 Gates = dict[str, Tensor]  # hidden [d_model], blocks [n_layers], heads [n_layers, n_kv_heads], inner [n_layers, d_ff]
@@ -76,10 +76,10 @@ def shape_of(model: nn.Module) -> Shape:
     parts = anatomy(model)
     shapes = {
         Shape(
-            d_model=sizes(_linear(model, block.up))[1],
+            d_model=sizes(linear_at(model, block.up))[1],
             n_layers=len(parts.blocks),
             n_kv_heads=block.n_kv_heads,
-            d_ff=sizes(_linear(model, block.up))[0],
+            d_ff=sizes(linear_at(model, block.up))[0],
         )
         for block in parts.blocks
     }
@@ -265,9 +265,3 @@ def _norm_of_open(gate: Tensor) -> Any:
         return (made if bias is None else made + bias) * gate.to(made.dtype)
 
     return normalized
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    layer = model.get_submodule(name)
-    assert is_linear(layer)
-    return layer

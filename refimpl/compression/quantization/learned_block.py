@@ -23,7 +23,7 @@ from refimpl.compression.protocol import CompressedLinear, CompressedWeight, che
 from refimpl.compression.quantization.activations import Activations
 from refimpl.compression.quantization.learned_clipping import LearnedClipping, rounded
 from refimpl.compression.quantization.learned_transform import LearnedTransform
-from refimpl.model.linear import is_linear, is_transposed, weight_of
+from refimpl.model.linear import is_transposed, linear_at, weight_of
 
 
 class LearnedBlock:
@@ -55,7 +55,7 @@ class LearnedBlock:
     ) -> None:
         self.model, self.name, self.part, self.transform = model, name, part, transform
         self.activations = None if activation_bits is None else Activations(bits=activation_bits, symmetric=False)
-        self.layers = {layer: _linear(model, layer) for layer in part.linear}
+        self.layers = {layer: linear_at(model, layer) for layer in part.linear}
         self.tensors: dict[str, Tensor] = {}  # float32, weights as `[out, in]`
         self.clippings: dict[str, LearnedClipping] = {}
         for norm in (part.attention_norm, part.feed_forward_norm):
@@ -180,9 +180,3 @@ class RoundedLinear(CompressedLinear):
         output = super().forward(inputs)
         codes, scale = self.activations.quantize(torch.unflatten(output, -1, (-1, self.width)))
         return (codes * scale).to(output.dtype).flatten(-2)
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    layer = model.get_submodule(name)
-    assert is_linear(layer)
-    return layer

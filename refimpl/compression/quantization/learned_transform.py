@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from refimpl.compression.anatomy import BlockParts, Feed, feeds
 from refimpl.compression.ranges import Range
 from refimpl.compression.shift import is_shiftable
-from refimpl.model.linear import is_linear, weight_of
+from refimpl.model.linear import linear_at, weight_of
 
 LEAST = 1e-2  # of the scales, in the official code
 
@@ -139,6 +139,5 @@ def _used(source: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    layer = model.get_submodule(name)
-    assert is_linear(layer)
+    layer = linear_at(model, name)
     return weight_of(layer).float()

@@ -21,7 +21,7 @@ from torch import nn
 
 from refimpl.compression.anatomy import BlockParts, Feed, feeds
 from refimpl.compression.block_inputs import Given, without_cache
-from refimpl.model.linear import is_linear, sizes
+from refimpl.model.linear import linear_at, sizes
 
 Calls = dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]  # what modules are called with, by name, batch by batch
 
@@ -53,7 +53,7 @@ def scalings(model: nn.Module, part: BlockParts, name: str) -> Iterator[Scaling]
             by_norm = feed.producer in (part.attention_norm, part.feed_forward_norm)
             yield Scaling(feed, parent if by_norm and parent != name else None)
     if not part.scales_through:
-        yield Scaling(Feed("", (part.down,), torch.arange(sizes(layer_at(model, part.down))[1])), None)
+        yield Scaling(Feed("", (part.down,), torch.arange(sizes(linear_at(model, part.down))[1])), None)
 
 
 def calls_of(model: nn.Module, name: str, watched: Iterable[str], given: list[Given]) -> Calls:
@@ -79,10 +79,3 @@ def calls_of(model: nn.Module, name: str, watched: Iterable[str], given: list[Gi
         for x, _, args, kwargs in given:
             model.get_submodule(name)(x, *args, **kwargs)
     return calls
-
-
-def layer_at(model: nn.Module, path: str) -> nn.Linear:
-    """The linear layer of that name."""
-    layer = model.get_submodule(path)
-    assert is_linear(layer)
-    return layer

@@ -25,7 +25,7 @@ from torch import Tensor
 from refimpl.inference.decoding.draft_and_verify import SLACK, Rows
 from refimpl.inference.decoding.protocol import Decoded
 from refimpl.inference.decoding.tree import Tree, TreeCache
-from refimpl.model.generate import probabilities
+from refimpl.model.generate import chosen
 from refimpl.model.model import Decoder
 
 
@@ -171,7 +171,4 @@ def follow(guesses: Guesses, hidden: Tensor, choose: Callable[[Tensor], Tensor])
 
 def choose(target: Decoder, hidden: Tensor, *, temperature: float, generator: torch.Generator | None) -> Tensor:
     """The target's choice of a token, `[batch]`, from hidden states `[batch, d_model]`: the likeliest at temperature 0, or a draw."""
-    logits = target.logits(hidden)
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    return torch.multinomial(probabilities(logits, temperature), 1, generator=generator).squeeze(1)
+    return chosen(target.logits(hidden), temperature, generator)

@@ -19,9 +19,9 @@ for padded batches. A method that drops tokens has the field `budget`; one that 
 
 Invariants, run for every method by `tests/inference/kv_cache/test_protocol.py`: with budget or residual as large as the text
 logits are those of `FullCache`; a short text is kept; the layer's keys in chunks or at once leave the same state, where no attention
-scores are needed and no block is made of what a call brings; a padded batch equals its rows one by one; one key head and
-several; `reset` forgets everything; `nbytes` is what the tensors hold that can be reached from the cache; no gradient is
-held; far beyond the budget, memory stays bounded.
+scores are needed and no block is made of what a call brings; a padded batch equals its rows one by one, whatever stands
+at padding; one key head and several; `reset` forgets everything; `nbytes` is what the tensors hold that can be reached from the
+cache; no gradient is held; a long prompt, and decoding far beyond the budget, leave memory bounded.
 
 Examples:
     >>> tokens_to_keep(1000, 8), tokens_to_keep(3, 8), tokens_to_keep(0, 8)

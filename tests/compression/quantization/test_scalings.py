@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from refimpl.compression.anatomy import anatomy
 from refimpl.compression.block_inputs import block_inputs
 from refimpl.compression.blocks import find_blocks
-from refimpl.compression.quantization.scalings import calls_of, layer_at, scalings
+from refimpl.compression.quantization.scalings import calls_of, scalings
+from refimpl.model.linear import linear_at
 
 
 def test_who_shares_and_who_absorbs(build, architecture):
@@ -63,4 +64,4 @@ def test_calls_are_those_of_the_model(build, tokens, architecture):
     assert len(told) == 2
     for ours, theirs in zip(again, made, strict=True):
         assert_close(*(x if isinstance(x, torch.Tensor) else x[0] for x in (ours, theirs)))
-    assert layer_at(model, anatomy(model).blocks[0].q) is model.get_submodule(anatomy(model).blocks[0].q)
+    assert linear_at(model, anatomy(model).blocks[0].q) is model.get_submodule(anatomy(model).blocks[0].q)

@@ -136,6 +136,24 @@ def test_a_padded_batch_equals_its_rows(entry, sizes):
     compressing(entry, model, tokens[:1], [60] + [1] * 60)
 
 
+@pytest.mark.parametrize("poison", [1e4, float("nan")])
+def test_padding_enters_nothing(entry, poison, generator):
+    """Oracle: each row alone; what stands at padding is large, or no number at all, and one row's numbers are large."""
+    config = shape()
+    x = torch.randn(2, 2, 101, 32, generator=generator) * torch.tensor([1.0, 30.0]).view(2, 1, 1, 1)
+    x[1, :, :37] = poison
+    cache, alone = (made(entry).cache(config) for _ in range(2))
+    for part in (slice(0, 100), slice(100, 101)):
+        at = torch.arange(101)[None, part] - torch.tensor([[0], [37]])
+        mine = x[:, :, part]
+        k, v, _ = cache.update(0, mine, mine, mine.repeat_interleave(2, dim=1), at)
+        own = mine[1:, :, 37:] if part.start == 0 else mine[1:]
+        expected = alone.update(0, own, own, own.repeat_interleave(2, dim=1), at[1:, -own.shape[2] :])
+        kept = expected[0].shape[2]
+        assert torch.equal(k[1:, :, -kept:], expected[0]) and torch.equal(v[1:, :, -kept:], expected[1])
+        assert k.isfinite().all() or part.start == 0  # a prompt's own padding comes back as it is
+
+
 def test_grouped_heads_read_their_key_head(entry):
     """Oracle: the same decoder with every key head written out for each of its query heads."""
     if entry.facets.attention_scores:

@@ -36,7 +36,7 @@ from refimpl.compression.quantization.static_ranges import average_ranges_
 from refimpl.compression.reruns import Output, Rerun
 from refimpl.compression.shift import is_shiftable, shift_
 from refimpl.model.bits import pack, unpack
-from refimpl.model.linear import is_linear, weight_of
+from refimpl.model.linear import linear_at, weight_of
 
 LEAST, LEAST_UNSHIFTED, STRIDE = 1.0, 0.1, 0.5  # the official code's smallest thresholds, and how far apart they may be
 
@@ -132,8 +132,7 @@ class OutlierSuppressionPlus:
     def quantize_(self, model: nn.Module, layers: list[str], x: Tensor) -> None:
         """Put quantized layers in the place of those that read x, `[..., in]`, whose range fixes their grid at first."""
         for name in layers:
-            layer = model.get_submodule(name)
-            assert is_linear(layer)
+            layer = linear_at(model, name)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, CompressedLinear(self._held(weight_of(layer), x), layer.bias))
 

@@ -24,7 +24,7 @@ from refimpl.compression.anatomy import Anatomy, anatomy, feeds, rescale_
 from refimpl.compression.calibration import batches_of, call
 from refimpl.compression.protocol import CompressedLinear, M, check_layer
 from refimpl.compression.quantization.activations import Activations, Scope, integer_weight
-from refimpl.model.linear import is_linear, weight_of
+from refimpl.model.linear import is_linear, linear_at, weight_of
 
 Level = Literal["O1", "O2", "O3"]
 SCOPES: dict[str, Scope] = {"O1": "token", "O2": "tensor", "O3": "static"}  # of the activations (Table 2)
@@ -84,8 +84,7 @@ class SmoothQuant:
         largest = smooth_(small, parts, largest, self.alpha)
         activations = Activations(bits=self.bits, scope=SCOPES[self.level])
         for name, maxima in largest.items():
-            layer = small.get_submodule(name)
-            assert is_linear(layer)
+            layer = linear_at(small, name)
             check_layer(weight_of(layer))
             reach = (-maxima.max(), maxima.max()) if self.level == "O3" else None
             held = integer_weight(

@@ -32,7 +32,7 @@ from refimpl.compression.blocks import find_blocks
 from refimpl.compression.calibration import batches_of
 from refimpl.compression.protocol import CompressedLinear, M, check_layer
 from refimpl.compression.quantization.activations import Activations, IntegerWeight, absmax_scale
-from refimpl.model.linear import is_linear, weight_of
+from refimpl.model.linear import linear_at, weight_of
 
 ACTIVATION_BITS = 8
 
@@ -106,12 +106,12 @@ class ZeroQuant:
             layer.removeprefix(prefix): self.attention_bits if layer in (part.q, part.k, part.v, part.o) else self.bits
             for layer in part.linear
         }
-        dtypes = {name: weight_of(_linear(block, name)).dtype for name in bits}
-        learners = {name: Learner(_linear(block, name), width, self.groups) for name, width in bits.items()}
+        dtypes = {name: weight_of(linear_at(block, name)).dtype for name in bits}
+        learners = {name: Learner(linear_at(block, name), width, self.groups) for name, width in bits.items()}
         if given:
             self._distil(block, learners, given, prefix)
         for name, learner in learners.items():
-            before = _linear(block, name)
+            before = linear_at(block, name)
             bias = None if learner.bias is None else learner.bias.detach().to(before.bias.dtype)
             _replace(block, name, CompressedLinear(learner.held(dtypes[name]), bias))
 
@@ -200,12 +200,6 @@ def group_round(weight: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]
     largest = F.pad(weight.abs().amax(dim=1).float(), (0, -len(weight) % rows)).view(-1, rows).amax(dim=1)
     scale = absmax_scale(largest, bits).repeat_interleave(rows)[: len(weight)]
     return (weight.float() / scale[:, None]).round_(), scale
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    layer = block.get_submodule(name)
-    assert is_linear(layer)
-    return layer
 
 
 def _replace(block: nn.Module, name: str, layer: nn.Module) -> None:

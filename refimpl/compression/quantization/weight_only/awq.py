@@ -34,9 +34,9 @@ from refimpl.compression.quantization.activation_aware import (
     output_error,
 )
 from refimpl.compression.quantization.packed import QuantizedWeight
-from refimpl.compression.quantization.scalings import Calls, Scaling, calls_of, layer_at, scalings
+from refimpl.compression.quantization.scalings import Calls, Scaling, calls_of, scalings
 from refimpl.compression.quantization.weight_only.rtn import RTN
-from refimpl.model.linear import is_linear, sizes, weight_of
+from refimpl.model.linear import is_linear, linear_at, sizes, weight_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class AWQ:
         for i, (part, given) in enumerate(zip(parts, block_inputs(small, name, batches), strict=True)):
             inputs, divided = self.scale_block_(small, part, f"{name}.{i}", given)
             for path in part.linear:
-                layer, factor = layer_at(small, path), divided.get(path)
+                layer, factor = linear_at(small, path), divided.get(path)
                 low = self._quantized(weight_of(layer), inputs[path], clip=path not in (part.q, part.k))
                 parent, _, child = path.rpartition(".")
                 held = low if factor is None else ScaledWeight(low, factor)
@@ -148,7 +148,7 @@ class AWQ:
         calls = calls_of(model, name, watched, given)
         inputs = {path: torch.cat([args[0].flatten(0, -2) for args, _ in calls[path]]) for path in part.linear}
         for path, x in inputs.items():
-            if not torch.isfinite(weight_of(layer_at(model, path))).all():
+            if not torch.isfinite(weight_of(linear_at(model, path))).all():
                 raise ValueError(f"the weight of layer {path!r} holds NaN or infinity: it can't be compressed")
             if not torch.isfinite(x).all():
                 raise ValueError(f"the calibration data makes NaN or infinity in the inputs of layer {path!r}")
@@ -163,7 +163,7 @@ class AWQ:
                 )
             for path in scaling.feed.consumers:
                 if not scaling.feed.producer:
-                    weight = weight_of(layer_at(model, path))
+                    weight = weight_of(linear_at(model, path))
                     divided[path] = factor.to(half(weight))
                     factor = divided[path].float()
                     weight.mul_(factor)
@@ -172,7 +172,7 @@ class AWQ:
 
     def _search(self, model: nn.Module, scaling: Scaling, inputs: dict[str, Tensor], calls: Calls) -> Tensor:
         """The factors of a scaling, `[in]`."""
-        layers = [layer_at(model, path) for path in scaling.feed.consumers]
+        layers = [linear_at(model, path) for path in scaling.feed.consumers]
         x = inputs[scaling.feed.consumers[0]]
         mean = x.abs().float().mean(dim=0)
         if scaling.around is None:

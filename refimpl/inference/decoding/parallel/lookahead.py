@@ -117,9 +117,8 @@ class _Window:
         self.pools: list[dict[int, list[tuple[int, ...]]]] = [{} for _ in tokens]
         self.known = self.padding.clone()  # how far the text's own n-grams are in the pool
         lengths = torch.full((len(tokens),), tokens.shape[1])
-        self.window = self._random(tokens, lengths, settings.window + settings.ngram - 2)[
-            :, None
-        ]  # [b, levels, columns]
+        first = self._random(tokens, lengths, settings.window + settings.ngram - 2)
+        self.window = first[:, None]  # [b, levels, columns]
 
     def propose(self, rows: Rows) -> Guesses:
         """The window, and behind the last token the n-grams that began with it, once the window is full."""

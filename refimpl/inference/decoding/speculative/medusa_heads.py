@@ -22,11 +22,8 @@ from refimpl.model.model import Decoder
 from refimpl.model.train import train
 
 TOP = 10  # guesses of a head that a tree may use
-DECAY, RATE, WARMUP = (
-    0.8,
-    1e-3,
-    0.1,
-)  # of a head's weight in the loss, for each token further ahead; of learning; share of steps
+DECAY = 0.8  # of a head's weight in the loss, for each token further ahead
+RATE, WARMUP = 1e-3, 0.1  # of learning; share of steps
 
 
 class MedusaHeads(nn.Module):

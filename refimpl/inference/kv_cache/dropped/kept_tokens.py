@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from refimpl.inference.kv_cache.protocol import gather_tokens
+from refimpl.model.cache import resized
 
 
 class KeptTokens:
@@ -75,7 +76,7 @@ class KeptTokens:
             if self.room is not None:
                 size = max(need, min(size, self.room))
             old = [x[:, :, : self.length] for x in self._buffers] or [x[:, :, :0] for x in new]
-            self._buffers = [_moved(x, size) for x in old]
+            self._buffers = [resized(x, size) for x in old]
         for buffer, x in zip(self._buffers, new, strict=True):
             buffer[:, :, self.length : need] = x
         self.length = need
@@ -95,7 +96,7 @@ class KeptTokens:
             return
         index = worth.sort(dim=2, descending=True, stable=True).indices[:, :, :keep].sort(dim=2).values
         size = max(keep, self.room or 0)
-        self._buffers = [_moved(gather_tokens(x, _for_heads(index, x)), size) for x in self._buffers]
+        self._buffers = [resized(gather_tokens(x, _for_heads(index, x)), size) for x in self._buffers]
         self.length = keep
 
     def _drop_one(self) -> None:
@@ -108,13 +109,6 @@ class KeptTokens:
             index = _for_heads(self._going, buffer).unsqueeze(-1).expand_as(last)
             buffer.scatter_(2, index, last)
         self._going = None
-
-
-def _moved(x: Tensor, size: int) -> Tensor:
-    """A buffer of `size` entries that begins with x."""
-    new = x.new_empty((*x.shape[:2], size, x.shape[3]))
-    new[:, :, : x.shape[2]] = x
-    return new
 
 
 def _for_heads(index: Tensor, x: Tensor) -> Tensor:

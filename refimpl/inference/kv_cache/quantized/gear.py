@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from refimpl.inference.kv_cache.layered import LayeredCache
-from refimpl.inference.kv_cache.quantized.outliers import Outliers, halved
+from refimpl.inference.kv_cache.quantized.groups import halved
+from refimpl.inference.kv_cache.quantized.outliers import Outliers
 from refimpl.inference.kv_cache.quantized.vectors import PackedVectors
 from refimpl.inference.kv_cache.tokens import Tokens
 from refimpl.model.config import Config

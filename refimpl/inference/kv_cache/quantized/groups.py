@@ -28,7 +28,7 @@ def quantize(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         >>> codes.tolist(), scale.tolist(), minimum.tolist()
         ([0, 1, 3, 3], [1.0], [-1.0])
     """
-    stored = x.dtype if x.dtype.itemsize == 2 else torch.float16
+    stored = halved(x.dtype)
     x = x if x.dtype == torch.float64 else x.float()
     low, high = x.aminmax(dim=dim, keepdim=True)
     minimum = -_rounded_up(-low, stored)
@@ -51,6 +51,11 @@ def dequantize(codes: Tensor, scale: Tensor, minimum: Tensor, out: Tensor) -> Te
         out: of the codes' shape, any floating dtype.
     """
     return out.copy_(codes).mul_(scale.to(out.dtype)).add_(minimum.to(out.dtype))
+
+
+def halved(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself if it has 16 bits, otherwise float16."""
+    return dtype if dtype.itemsize == 2 else torch.float16
 
 
 def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:

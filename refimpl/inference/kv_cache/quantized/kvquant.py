@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from refimpl.inference.kv_cache.layered import LayeredCache
+from refimpl.inference.kv_cache.quantized.groups import halved
 from refimpl.inference.kv_cache.quantized.leveled import LeveledVectors
 from refimpl.inference.kv_cache.quantized.levels import Levels, fitted_levels, normal_levels, normalized_levels
-from refimpl.inference.kv_cache.quantized.outliers import halved, stored
+from refimpl.inference.kv_cache.quantized.outliers import stored
 from refimpl.inference.kv_cache.quantized.sensitivity import sensitivities
 from refimpl.inference.kv_cache.tokens import Tokens
 from refimpl.model.config import Config

@@ -71,8 +71,3 @@ def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
             f"values up to {float(values.abs().max()):g} do not fit {dtype}, finite; move the model to bfloat16"
         )
     return found
-
-
-def halved(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself if it has 16 bits, otherwise float16."""
-    return dtype if dtype.itemsize == 2 else torch.float16

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from refimpl.inference.kv_cache.quantized.outliers import Outliers, halved, stored
+from refimpl.inference.kv_cache.quantized.groups import halved
+from refimpl.inference.kv_cache.quantized.outliers import Outliers, stored
 
 
 def test_put_and_add_by_hand():
