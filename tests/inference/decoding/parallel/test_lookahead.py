@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from refimpl import testbed
 from refimpl.inference.decoding.draft_and_verify import Rows
 from refimpl.inference.decoding.parallel import lookahead as module
 from refimpl.inference.decoding.parallel.lookahead import Lookahead, _Window
 from refimpl.model.generate import generate
 from tests.inference.decoding.chances import chances, markov, number, p_value, tiny
+from tests.inference.decoding.unseen import unseen_text
 
 # Steps
 
@@ -165,8 +165,7 @@ def test_guesses_that_stand_too_often_would_be_found_out(generator, monkeypatch)
 @pytest.fixture(scope="module")
 def tokens_a_call():
     """Of the testbed's model on four pieces of text that it has not seen, by W = G."""
-    model, text = testbed.subject().model, testbed.subject().text("held-out", 8_000)
-    prompts = text[torch.arange(4)[:, None] * 1_900 + torch.arange(64)]
+    model, prompts = unseen_text()
     plain = generate(model, prompts, 32)
 
     def count(width):

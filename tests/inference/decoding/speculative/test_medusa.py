@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from refimpl import testbed
 from refimpl.inference.decoding.grow_and_verify import Guesses
 from refimpl.inference.decoding.speculative import medusa as module
 from refimpl.inference.decoding.speculative.medusa import Medusa, typical
@@ -13,6 +14,7 @@ from refimpl.inference.decoding.speculative.medusa_heads import MedusaHeads, lik
 from refimpl.inference.decoding.tree import Tree
 from refimpl.model.generate import generate, pad
 from tests.inference.decoding.chances import chances, number, p_value, tiny
+from tests.inference.decoding.unseen import unseen_text
 
 PROMPTS = [[5, 7, 33, 2, 60, 1], [8], [3, 41, 5]]
 
@@ -119,6 +121,15 @@ def tokens_a_call(chain):
 def test_heads_spare_calls(tokens_a_call, claim):
     """Oracle: calls are counted; plain decoding gives one token a call."""
     claim("medusa", "fewer-calls", tokens_a_call["tree"])
+
+
+def test_heads_spare_calls_on_text(generator, claim):
+    """Oracle: plain decoding gives one token a call, and the same text."""
+    model, prompts = unseen_text()
+    heads = Medusa().prepare(model, None, testbed.corpus.tokens("train", 20_000), generator)
+    decoded = Medusa().decode(model, prompts, 32, draft=heads)
+    assert torch.equal(decoded.tokens, generate(model, prompts, 32))
+    claim("medusa", "fewer-calls-on-the-testbed", decoded.tokens.numel() / int(decoded.rounds.sum()))
 
 
 def test_a_tree_spares_more_than_a_branch(tokens_a_call, claim):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from refimpl import testbed
 from refimpl.inference.decoding.speculative import self_speculative as module
 from refimpl.inference.decoding.speculative.self_speculative import SelfSpeculative, adapt
 from refimpl.inference.decoding.speculative.thinned import Thinned
@@ -15,6 +16,7 @@ from refimpl.model.generate import generate
 from refimpl.model.model import Decoder, initialize_
 from tests.inference.decoding.chances import chances, number, p_value, tiny
 from tests.inference.decoding.speculative.test_thinned import silenced
+from tests.inference.decoding.unseen import unseen_text
 
 IDLE = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0]])  # sub-layers that hardly matter
 
@@ -173,6 +175,17 @@ def test_the_search_finds_what_may_be_left_out(generator, claim):
     owned = {id(parameter) for parameter in target.parameters()}
     extra = [parameter for parameter in draft.parameters() if id(parameter) not in owned]
     claim("self-speculative", "no-memory", sum(parameter.nbytes for parameter in extra))
+
+
+def test_a_trained_model_has_little_to_spare(generator, claim):
+    """Oracle: plain decoding gives one token for each reading of all weights; prompts are others than the search's."""
+    (model, prompts), text = unseen_text(), testbed.corpus.tokens("train", 20_000)
+    method = SelfSpeculative()
+    draft = method.prepare(model, None, text, generator)
+    decoded = method.decode(model, prompts, 32, draft=draft)
+    assert torch.equal(decoded.tokens, generate(model, prompts, 32))
+    cost = decoded.drafted * draft.cost + decoded.rounds
+    claim("self-speculative", "speed-on-the-testbed", decoded.tokens.numel() / float(cost.sum()))
 
 
 def test_cost_of_a_trial_by_hand(generator):
