@@ -91,3 +91,9 @@ def test_arguments_are_checked(generator):
             maximize(lambda x: 0.0, size, trials, generator)
     with pytest.raises(ValueError, match="must be finite"):
         maximize(lambda x: float("nan"), 3, 5, generator)
+
+
+def test_what_is_least_known_is_tried_next(generator):
+    """Oracle: after one trial all means are equal, and the set that is farthest from it has the largest deviation."""
+    _, tried = maximize(lambda _: 1.0, 5, 2, generator)
+    assert torch.equal(tried[1][0], ~tried[0][0])

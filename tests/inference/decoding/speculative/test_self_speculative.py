@@ -112,6 +112,27 @@ def test_an_unsure_draft_ends(generator, claim):
     claim("self-speculative", "unsure-drafts-end", vain(adaptive) / vain(fixed))
 
 
+def test_how_sure_a_draft_is_does_not_depend_on_the_temperature(generator, monkeypatch):
+    """Oracle: whole forwards of the target, which the draft equals, since what it leaves out is 0; only a last guess is unsure."""
+    target, rounds = half_idle(generator, 0.0), []
+    propose = module._UnsureDrafter.propose
+
+    def spy(self, rows):
+        rounds.append((rows.text[0, : int(rows.lengths)].clone(), propose(self, rows)))
+        return rounds[-1][1]
+
+    monkeypatch.setattr(module._UnsureDrafter, "propose", spy)
+    given = {"draft": Thinned(target, IDLE), "temperature": 0.3, "generator": generator}
+    SelfSpeculative(threshold=0.2, goal=None).decode(target, torch.tensor([[5, 7, 33, 2]]), 60, **given)
+    ends = set()
+    for text, draft in rounds[1:-1]:
+        logits = target(torch.cat((text[None], draft.tokens), dim=1))[:, len(text) - 1 : -1]
+        sure = logits.softmax(-1).gather(2, draft.tokens[..., None])[0, :, 0] >= 0.2
+        assert sure[:-1].all() and (not sure[-1] or len(sure) == 12)
+        ends.add(len(sure))
+    assert len(ends) > 1
+
+
 def vain(decoded):
     return int((decoded.drafted - decoded.accepted).sum())
 
