@@ -176,7 +176,7 @@ def check_requests(model: Decoder, requests: Sequence[Request], slots: int, memo
         if request.entries > memory:
             raise ValueError(
                 f"requests[{i}]: a prompt of {len(request.prompt)} tokens and n={request.n} take {request.entries} entries, and "
-                f"memory={memory}: give more memory, or ask for less"
+                f"the memory holds {memory}: give more of it, or ask for less"
             )
 
 

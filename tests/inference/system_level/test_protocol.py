@@ -122,7 +122,7 @@ def test_a_single_request(method, plain):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": (5,) * 31, "n": 3}, "take 33 entries, and memory=32: give more memory"),
+        ({"prompt": (5,) * 31, "n": 3}, "take 33 entries, and the memory holds 32: give more of it"),
         ({"prompt": ()}, r"requests\[1\]: tokens of shape \(1, 0\)"),
         ({"prompt": (5, 61)}, r"requests\[1\]: tokens range from 5 to 61"),
         ({"n": 0}, r"requests\[1\]: n=0"),

@@ -140,7 +140,7 @@ def test_bad_settings_and_foreign_attention(plain):
     ):
         with pytest.raises(ValueError, match=message):
             PagedAttention(**settings).serve(plain, requests)
-    with pytest.raises(ValueError, match="take 34 entries, and memory=32"):
+    with pytest.raises(ValueError, match="take 34 entries, and the memory holds 32"):
         PagedAttention(memory=40).serve(plain, [Request(prompt=(5,) * 34, n=1)])
     plain.layers[1].attention.attend = lambda q, k, v, **_: q
     with pytest.raises(ValueError, match=r"layers\[1\].attention.attend is replaced"):
