@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ import typer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from refimpl.model.config import Config, Rope
 from refimpl.model.load import save
@@ -82,6 +82,7 @@ class Stage:
 STAGES = (Stage(1000, (256, 256, 1024), copies=0.15), Stage(1600, (256, 1024, 1024, 1024), copies=0.1))
 WARMUP, DECAY = 100, 1000  # steps
 MUON_RATE, ADAM_RATE = 0.004, 3e-3
+M = TypeVar("M", bound=nn.Module)
 ANSWER, OTHER, NOTHING = 2, 1, 0  # what a token is as a target
 
 
@@ -156,8 +157,8 @@ def encode(sample: Sample, length: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(tokens + [END_ID] * gap), torch.tensor(roles + [NOTHING] * gap)
 
 
-def loss_of(model: Decoder, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the answers' tokens plus that of the others, in nats."""
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the answers' tokens plus that of the others, in nats; the model gives logits of tokens."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(batch.tokens[:, :-1])
     losses = F.cross_entropy(logits.float().flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
@@ -166,10 +167,11 @@ def loss_of(model: Decoder, batch: Batch) -> Tensor:
     return (losses * answers).sum() / answers.sum().clamp_min(1) + (losses * others).sum() / others.sum().clamp_min(1)
 
 
-def optimizers_of(model: Decoder) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embedding, norms and biases."""
-    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2 or p is model.embedding.weight]
+def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of linear layers but an output layer's, AdamW for all else: embeddings, norms, biases, decays."""
+    linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    matrices = [module.weight for module in linears]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
         torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
@@ -181,17 +183,17 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP, (steps - step) / DECAY)
 
 
-class Run:
+class Run(Generic[M]):
     """A training run: model, optimizers and step, which a folder keeps.
 
     Args:
         folder: where state and log are written, and read if they are there.
+        model: what to train, as it is before the first step.
         loss: of the model and a batch; a compiled form of `loss_of`, for one that takes half the time.
     """
 
-    def __init__(self, folder: Path, loss: Callable[[Decoder, Batch], Tensor] = loss_of) -> None:
-        self.folder, self.loss = folder, loss
-        self.model = start(CONFIG, torch.Generator().manual_seed(SEED))
+    def __init__(self, folder: Path, model: M, loss: Callable[[M, Batch], Tensor] = loss_of) -> None:
+        self.folder, self.model, self.loss = folder, model, loss
         self.optimizers = optimizers_of(self.model)
         self.step = 0
         self.log: list[dict[str, float]] = []
@@ -248,7 +250,7 @@ class Run:
 
 
 @torch.no_grad()
-def teacher_forced(model: Decoder, name: str, rows: int, length: int) -> float:
+def teacher_forced(model: nn.Module, name: str, rows: int, length: int) -> float:
     """Share of first answers that are right in every token if the tokens before are given."""
     model.eval()
     samples = tasks.samples(name, rows, length, torch.Generator().manual_seed(1))
@@ -262,6 +264,11 @@ def teacher_forced(model: Decoder, name: str, rows: int, length: int) -> float:
     return right / rows
 
 
+def fresh() -> Decoder:
+    """The model before its first step."""
+    return start(CONFIG, torch.Generator().manual_seed(SEED))
+
+
 def main(
     folder: Annotated[Path, typer.Option(help="State and log of the run.")] = Path("build/testbed"),
     every: Annotated[int, typer.Option(help="Steps between scores, which are also those between saved states.")] = 200,
@@ -273,8 +280,14 @@ def main(
     if not (CHECKPOINT / "tokenizer.json").exists():
         CHECKPOINT.mkdir(exist_ok=True)
         learn_tokenizer().save(str(CHECKPOINT / "tokenizer.json"))
-    loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-    run, since, losses = Run(folder, loss), time.perf_counter(), list[float]()
+    run = Run(folder, fresh(), torch.compile(loss_of, dynamic=False) if compiled else loss_of)
+    finish(run, every)
+    publish(run, STAGES)
+
+
+def finish(run: Run[Any], every: int) -> None:
+    """All steps that remain; after every so many, scores are logged and the state is written."""
+    since, losses = time.perf_counter(), list[float]()
     for stage in run:
         losses.append(run.advance(stage))
         if run.step % every == 0:
@@ -291,7 +304,6 @@ def main(
             typer.echo(" ".join(f"{key} {value:.3g}" for key, value in row.items()))
             run.write()
             since, losses = time.perf_counter(), []
-    publish(run, STAGES)
 
 
 def learn_tokenizer() -> Tokenizer:
@@ -300,7 +312,7 @@ def learn_tokenizer() -> Tokenizer:
     return learn(corpus.documents("train").values(), lines)
 
 
-def publish(run: Run, stages: Sequence[Stage], remark: str = "") -> None:
+def publish(run: Run[Decoder], stages: Sequence[Stage], remark: str = "") -> None:
     """Write the checkpoint: weights in bfloat16, config, tokenizer's config, and a log.
 
     Args:

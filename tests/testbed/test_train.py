@@ -91,7 +91,7 @@ def test_longer_rows_ask_more():
 
 def test_the_loss_is_the_mean_of_answers_plus_that_of_the_rest(tiny, tmp_path):
     """Oracle: token by token in float64, from the model's own log-probabilities in float32; bfloat16 rounds to 2^-8."""
-    model = train.Run(tmp_path).model
+    model = train.Run(tmp_path, train.fresh()).model
     batch = train.batch_at(0, SHORT)
     with torch.no_grad():
         model.embedding.weight.mul_(10)
@@ -113,11 +113,11 @@ def test_the_loss_is_the_mean_of_answers_plus_that_of_the_rest(tiny, tmp_path):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny, tmp_path):
-    whole = train.Run(tmp_path / "whole")
+    whole = train.Run(tmp_path / "whole", train.fresh())
     for stage in whole:
         whole.advance(stage)
     for _ in range(2):  # two sittings of two steps
-        part = train.Run(tmp_path / "part")
+        part = train.Run(tmp_path / "part", train.fresh())
         for stage in part:
             part.advance(stage)
             if part.step % 2 == 0:
@@ -140,7 +140,7 @@ def test_the_command_trains_logs_and_publishes(tiny, tmp_path, monkeypatch):
     assert [row["step"] for row in log["log"]] == [2, 4]
     assert log["log"][0]["needle"] == 0.25 and log["log"][0]["length"] == 256
     assert log["stages"] == [{"steps": 4, "lengths": [256], "copies": 0.0}]
-    state, published = train.Run(tmp_path / "run").model, load(checkpoint)
+    state, published = train.Run(tmp_path / "run", train.fresh()).model, load(checkpoint)
     assert_close(published.state_dict(), state.bfloat16().state_dict())
     assert (checkpoint / "tokenizer.json").read_text() == "{}"  # that of the corpus is left
 
@@ -155,7 +155,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_nothing():
 
 
 def test_every_parameter_has_one_optimizer(tiny, tmp_path):
-    run = train.Run(tmp_path)
+    run = train.Run(tmp_path, train.fresh())
     held = [id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in run.model.parameters())
 

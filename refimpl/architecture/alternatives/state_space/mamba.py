@@ -69,6 +69,10 @@ class Mamba:
             raise ValueError(f"d_model={d_model} must be at least 1")
         return MambaMixer(d_model, self, generator)
 
+    def language_model(self, shape: LanguageModelConfig, generator: torch.Generator | None = None) -> LanguageModel:
+        """Layers of nothing but this, drawn as the official code draws them."""
+        return LanguageModel(shape, lambda _: self.build(shape.d_model, generator)).initialize(generator)
+
 
 class State(NamedTuple):
     """What a decoder keeps.

@@ -1,0 +1,43 @@
+"""Weights that come with a mixer: what `save` writes is what `load` reads, and nothing else is."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from refimpl.architecture.alternatives import trained
+from refimpl.architecture.alternatives.language_model import LanguageModelConfig
+from refimpl.architecture.alternatives.state_space.mamba import Mamba
+from refimpl.architecture.alternatives.trained import load, save, save_file
+
+
+def test_the_model_read_says_what_the_written_one_said(tmp_path, generator):
+    """Oracle: the model that was written; its weights are rounded to bfloat16, and no setting is lost."""
+    shape = LanguageModelConfig(vocabulary=61, d_model=12, n_layers=3, tied_embeddings=False)
+    settings, tokens = Mamba(d_state=5, expand=3), torch.randint(61, (2, 9), generator=generator)
+    model = settings.language_model(shape, generator)
+    save(model, settings, tmp_path / "weights.safetensors", log="[]")
+    read = load(Mamba, tmp_path / "weights.safetensors", torch.float32)
+    assert read.config == shape and read.blocks[0].mixer.config == settings
+    assert_close(read(tokens), model.bfloat16().float()(tokens))
+    assert not torch.allclose(read(tokens), settings.language_model(shape, generator)(tokens))  # drawn anew
+
+
+def test_the_file_stands_beside_the_module():
+    """Oracle: the module's own path."""
+    assert (
+        trained.weights_file(Mamba)
+        .as_posix()
+        .endswith("refimpl/architecture/alternatives/state_space/mamba.safetensors")
+    )
+
+
+@pytest.mark.parametrize("content", [None, {"other": torch.ones(1)}])
+def test_what_is_no_trained_model(content, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    if content is None:
+        with pytest.raises(FileNotFoundError, match="no trained model comes with Mamba"):
+            load(Mamba, path)
+    else:
+        save_file(content, path)
+        with pytest.raises(ValueError, match="holds no language model of mixers"):
+            load(Mamba, path)

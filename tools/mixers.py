@@ -1,0 +1,75 @@
+"""Train a mixer's language model on the testbed's rows: `python -m tools.mixers mamba`. It resumes where it was stopped.
+
+The same rows in the same order, the same optimizers and rates as the testbed's own model had (`refimpl.testbed.train`), from
+random weights. The weights are put beside the mixer's module, where `refimpl.architecture.alternatives.trained` finds them.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+import taxonomy
+from refimpl.architecture.alternatives import trained
+from refimpl.architecture.alternatives.language_model import LanguageModelConfig
+from refimpl.architecture.alternatives.state_space import mamba, selective_scan
+from refimpl.cli import run_app
+from refimpl.testbed import train
+from refimpl.testbed.tokenizer import VOCABULARY
+
+COMPILED_CHUNK = 16  # positions of a kernel; more take longer to compile, and are no faster
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def scan_in_order(A: Tensor, state: Tensor, u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """The selective scan's chunk, position by position: what a compiler turns into one kernel that keeps no states.
+
+    A third of the time of the parallel scan in plain PyTorch, whose every step writes all states to memory.
+    """
+    outputs = []
+    for t in range(u.shape[1]):
+        decay = (delta[:, t].unsqueeze(-1) * A).exp()
+        state = decay * state + (delta[:, t] * u[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(-2)
+        outputs.append((state * C[:, t].unsqueeze(-2)).sum(dim=-1))
+    return torch.stack(outputs, dim=1), state
+
+
+def compile_scan() -> None:
+    """Have the selective scan use the compiled form, from here on in this process."""
+    selective_scan._scan_chunk = torch.compile(scan_in_order, dynamic=False)
+    mamba.selective_scan = partial(selective_scan.selective_scan, chunk=COMPILED_CHUNK)  # type: ignore[attr-defined]
+
+
+@app.command()
+def main(
+    method: Annotated[str, typer.Argument(help="Id of a mixer.")],
+    d_model: Annotated[int, typer.Option(help="Width.")] = 256,
+    n_layers: Annotated[int, typer.Option(help="Layers.")] = 6,
+    folder: Annotated[
+        Path | None, typer.Option(help="State and log of the run; build/mixers/METHOD if left out.")
+    ] = None,
+    every: Annotated[int, typer.Option(help="Steps between scores, which are also those between saved states.")] = 200,
+    compiled: Annotated[
+        bool, typer.Option(help="Compile the selective scan: a third of the time, but it needs a C++ compiler.")
+    ] = True,
+) -> None:
+    """Train, or go on with a run that was stopped."""
+    implementation: Any = taxonomy.load().methods[method].load()
+    if compiled:
+        compile_scan()
+    generator = torch.Generator().manual_seed(train.SEED)
+    shape = LanguageModelConfig(vocabulary=VOCABULARY, d_model=d_model, n_layers=n_layers)
+    model = implementation().language_model(shape, generator)
+    run = train.Run(folder or Path("build/mixers") / method, model)
+    typer.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {run.step}")
+    train.finish(run, every)
+    trained.save(run.model, implementation(), trained.weights_file(implementation), log=json.dumps(run.log))
+
+
+if __name__ == "__main__":
+    run_app(app)
