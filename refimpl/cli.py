@@ -375,6 +375,12 @@ Device = Annotated[str, typer.Option(help="torch device.")]
 Model = Annotated[
     Path | None, typer.Option(help="Local folder of a Hugging Face checkpoint, in the place of the testbed's model.")
 ]
+Texts = Annotated[
+    Path | None,
+    typer.Option(
+        help="Local folder of LongBench's files and of prose, in the place of the long-context arena's own texts."
+    ),
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder in which the documents are stored.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Run again what failed before.")]
 StoreFile = Annotated[
@@ -422,6 +428,7 @@ def bench(
         list[str] | None, typer.Option(help="Your own class beside them: `package.module:Class`; may be repeated.")
     ] = None,
     model: Model = None,
+    texts: Texts = None,
     device: Device = "cpu",
     seeds: Annotated[
         int | None, typer.Option(min=1, help="How many seeds; 3 if left out, 1 in the quick form.")
@@ -468,6 +475,7 @@ def bench(
         quick=quick,
         device=device,
         model=str(model) if model else None,
+        texts=str(_check_texts(texts)) if texts else None,
     )
     _measure(
         todo, jobs=jobs, engine=engine, retry=retry, store=store, output=output, export=export or (), as_json=as_json
@@ -539,7 +547,10 @@ def _measure(
     except KeyboardInterrupt:
         err.print(f"interrupted: {bar.finished} of {bar.total} cells are stored; the same command goes on from there")
         raise typer.Exit(130) from None
-    found = [documents.document(name, rows, todo[0].model) for name in dict.fromkeys(cell.arena for cell in todo)]
+    found = [
+        documents.document(name, rows, todo[0].model, todo[0].texts)
+        for name in dict.fromkeys(cell.arena for cell in todo)
+    ]
     for document in found:
         _show(document, as_json)
     _show_failures(rows)
@@ -554,14 +565,14 @@ def _measure(
 
 def _show(document: dict[str, Any], as_json: bool) -> None:
     from refimpl.bench.export import with_summary
-    from refimpl.views import figures_view
+    from refimpl.views import PLACES, figures_view
 
     if as_json:
         _json(with_summary(document))
         return
     form = ", quick form" if document.get("quick") else ""
-    model = f" on {document['model']}" if "model" in document else ""
-    out.print(f"\n[bold]{document['arena']}[/]{escape(model)}{form}  {escape(document['about'])}")
+    places = "".join(f" {word} {document[name]}" for word, name in PLACES if name in document)
+    out.print(f"\n[bold]{document['arena']}[/]{escape(places)}{form}  {escape(document['about'])}")
     out.print(figures_view(document, {row["method"] for row in document["rows"]}))
 
 
@@ -602,6 +613,15 @@ def _check_place(device: str, model: Path | None) -> Path | None:
         what = "has no config.json" if model.is_dir() else "is no folder"
         raise Refused(f"--model {str(model)!r} {what}; give the local folder of a Hugging Face checkpoint")
     return model.resolve() if model else None
+
+
+def _check_texts(texts: Path) -> Path:
+    """The texts' whole path, once it is found to be a folder."""
+    if not texts.is_dir():
+        raise Refused(
+            f"--texts {str(texts)!r} is no folder; give one with LongBench's files (qasper.jsonl, …) or prose (*.txt)"
+        )
+    return texts.resolve()
 
 
 @contextmanager

@@ -1,17 +1,19 @@
 """An arena's figures as plots: plain data for Plotly, which the site and `effllm bench --export plots.html` draw.
 
 A figure is `{"title", "x", "y", "data", "buttons"}`: titles of the axes, Plotly's traces, and a button for each point of the
-arena's axes, `{"label", "update"}`, whose update puts that point's numbers into the traces; no buttons for a single point.
+arena's axes, `{"label", "update"}`, whose update puts that point's numbers into the traces; no buttons for a single point. A map
+has a `height` in pixels, too.
 """
 
 import html
 import itertools
 import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from refimpl.views import group_rows, mean, settings_text, words
+from refimpl.views import PLACES, group_rows, mean, settings_text, words
 
 Rows = Sequence[dict[str, Any]]
 Traces = dict[str, dict[str, Any]]
@@ -21,7 +23,7 @@ def figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All plots of a document.
 
     The first metric against each of the others, with half of the range over seeds; each metric over the first axis, where its
-    values are numbers; and the curves over the run, of the first seed.
+    values are numbers; the curves over the run, of the first seed; and maps, the mean over the seeds.
     """
     rows = [row for row in document["rows"] if not row.get("error")]
     first, *others = document["metrics"]
@@ -50,7 +52,10 @@ def figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
     for name in dict.fromkeys(name for row in rows for name in row.get("curves", {})):
         y, _, x = name.partition(" over ")
-        made.append(_figure(name, (x, y), rows, axes, partial(_curves, curve=name)))
+        if any(len(point) > 2 for row in rows for point in row.get("curves", {}).get(name, [])):
+            made.append(_map(name, x, [row for row in rows if name in row.get("curves", {})], axes))
+        else:
+            made.append(_figure(name, (x, y), rows, axes, partial(_curves, curve=name)))
     return made
 
 
@@ -66,11 +71,7 @@ def _figure(
     title: str, units: tuple[str, str], rows: Rows, axes: Sequence[str], draw: Callable[[Rows], Traces]
 ) -> dict[str, Any]:
     """Traces of the first point of some axes, and what the buttons of the others put in their place."""
-    points: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        label = ", ".join(f"{words(name)} {row['axes'][name]}" for name in axes if name in row.get("axes", {}))
-        points.setdefault(label, []).append(row)
-    drawn = {label: draw(part) for label, part in points.items()}
+    drawn = {label: draw(part) for label, part in _by_point(rows, axes).items()}
     empty: Traces = {}
     for name, trace in itertools.chain.from_iterable(traces.items() for traces in drawn.values()):
         empty.setdefault(name, {**trace, "x": [], "y": [], "text": [], "error_y": {"array": []}})
@@ -82,6 +83,52 @@ def _figure(
         "y": units[1],
         "data": next(iter(whole.values()), []),
         "buttons": buttons if len(buttons) > 1 else [],
+    }
+
+
+def _by_point(rows: Rows, axes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by their point on some axes, in words."""
+    points: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        label = ", ".join(f"{words(name)} {row['axes'][name]}" for name in axes if name in row.get("axes", {}))
+        points.setdefault(label, []).append(row)
+    return points
+
+
+def _map(name: str, over: str, rows: Rows, axes: Sequence[str]) -> dict[str, Any]:
+    """A line a method, a column for each pair of what the map is over, coloured from 0 to 1: the mean over seeds."""
+    first, _, second = over.partition(" and ")
+    drawn = {label: _heat(part, name) for label, part in _by_point(rows, axes).items()}
+    most = max(len(trace["y"]) for trace in drawn.values())
+    names = ("x", "y", "z")
+    buttons = [{"label": label, "update": {key: [trace[key]] for key in names}} for label, trace in drawn.items()]
+    return {
+        "title": name,
+        "x": f"{second}, {first}",
+        "y": "",
+        "data": [next(iter(drawn.values()))],
+        "buttons": buttons if len(buttons) > 1 else [],
+        "height": 200 + 20 * most,
+    }
+
+
+def _heat(rows: Rows, name: str) -> dict[str, Any]:
+    columns = sorted({(y, x) for row in rows for x, y, _ in row["curves"][name]})
+    groups = {_named(group[0]): group for group in group_rows(rows)}
+    values = []
+    for group in groups.values():
+        found: dict[tuple[float, float], list[float]] = {}
+        for x, y, value in (point for row in group for point in row["curves"][name]):
+            found.setdefault((y, x), []).append(value)
+        values.append([statistics.fmean(found[column]) if column in found else None for column in columns])
+    return {
+        "type": "heatmap",
+        "x": [f"{y:g}, {x:g}" for y, x in columns],
+        "y": list(groups),
+        "z": values,
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": "Viridis",
     }
 
 
@@ -141,15 +188,20 @@ def page(documents: Iterable[Mapping[str, Any]], plotly: str) -> str:
     """A page of all plots of some documents that needs nothing else; `plotly` is the library's source."""
     parts = []
     for document in documents:
-        name = document["arena"] + (f" on {document['model']}" if "model" in document else "")
+        name = document["arena"] + "".join(f" {word} {document[key]}" for word, key in PLACES if key in document)
         parts.append(f"<h1>Arena: {html.escape(name)}</h1>\n<p>{html.escape(document['about'])}</p>")
         stamp = ", ".join(f"{key} {value}" for key, value in document["environment"].items() if value is not None)
         parts.append(f"<p><small>seeds {document['seeds']}; {html.escape(stamp)}</small></p>")
         parts += [
-            f'<h2>{html.escape(figure["title"])}</h2>\n<div class="plot" data-figure="{html.escape(json.dumps(figure))}"></div>'
+            f'<h2>{html.escape(figure["title"])}</h2>\n<div class="plot" style="{_height(figure)}"'
+            f' data-figure="{html.escape(json.dumps(figure))}"></div>'
             for figure in figures(document)
         ]
     return PAGE.replace("{BODY}", "\n".join(parts)).replace("{PLOTLY}", plotly)
+
+
+def _height(figure: Mapping[str, Any]) -> str:
+    return f"height: {figure['height']}px" if "height" in figure else ""
 
 
 PAGE = """<!doctype html>

@@ -16,6 +16,7 @@ from rich.tree import Tree
 
 from taxonomy import Category, Facets, Framework, Method, Paper, Taxonomy
 
+PLACES = (("on", "model"), ("of", "texts"))  # what may take the place of an arena's own
 RUNS, READS = "[green]●[/]", "[dim]○[/]"
 
 

@@ -589,6 +589,18 @@ def test_a_model_that_an_arena_cannot_use(measuring, tmp_path, figures):
     assert document(figures / "weights-on-model.json")["model"] == "model"
 
 
+def test_texts_that_are_not_there_or_not_taken(measuring, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for arena, texts, message in (
+        ("long-context", tmp_path / "none", "is no folder; give one with LongBench's files"),
+        ("long-context", tmp_path / "texts", "holds neither LongBench's files (qasper.jsonl, …) nor prose (*.txt)"),
+        ("weights", tmp_path / "texts", "this arena takes no texts of the user's; leave the option out"),
+    ):
+        code, out, err = measuring("bench", arena, "--texts", texts)
+        assert (code, out) == (1, "")
+        assert message in words(err)
+
+
 def test_ray_that_is_not_installed_is_named(measuring, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     code, out, err = measuring("bench", "weights", "--engine", "ray")

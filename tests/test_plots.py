@@ -94,3 +94,26 @@ def test_a_page_keeps_texts_as_they_are():
     assert "<b>" not in page
     assert "torch 9" in page and "commit" not in page
     assert json.dumps("<b>") not in page
+
+
+def test_maps_have_a_line_a_method_and_a_column_a_pair():
+    """Oracle: by hand: the mean of two seeds, a gap where a method has no point, a button a point of the axes."""
+    first, second = ({"score over depth and length": [[0.5, 8, v], [0.0, 8, 1.0], [0.5, 4, 0.0]]} for v in (0.2, 0.4))
+    rows = [
+        row("a", 1, 1, curves=first, settings={"bits": 2}),
+        row("a", 1, 1, curves=second, seed=1, settings={"bits": 2}),
+        row("b", 1, 1, curves={"score over depth and length": [[0.5, 8, 0.7]]}),
+        row("b", 1, 1, curves=first, task="count"),
+        row("c", 1, 1, task="count"),
+    ]
+    figure = plots.figures(document(rows))[-1]
+    assert (figure["title"], figure["x"]) == ("score over depth and length", "length, depth")
+    [trace] = figure["data"]
+    assert (trace["type"], trace["zmin"], trace["zmax"]) == ("heatmap", 0, 1)
+    assert trace["x"] == ["4, 0.5", "8, 0", "8, 0.5"]
+    assert trace["y"] == ["a, bits 2", "b"]
+    assert trace["z"] == [[0.0, 1.0, pytest.approx(0.3)], [None, None, 0.7]]
+    assert [button["label"] for button in figure["buttons"]] == ["length 1, task sum", "length 1, task count"]
+    assert figure["buttons"][1]["update"] == {"x": [trace["x"]], "y": [["b"]], "z": [[[0.0, 1.0, 0.2]]]}
+    assert figure["height"] == 240
+    assert 'style="height: 240px"' in plots.page([document(rows)], "")

@@ -112,7 +112,11 @@ function plots(figures) {
       layout.updatemenus = [{ x: 0, xanchor: "left", y: 1.03, yanchor: "bottom", bgcolor: "#fff", font: { color: "#222" },
         buttons: figure.buttons.map(({ label, update }) => ({ label, method: "restyle", args: [update] })) }];
     }
-    for (const trace of figure.data) trace.marker = { size: trace.mode === "markers" ? 11 : 7 };
+    if (figure.height) {
+      element.style.height = `${figure.height}px`;
+      layout.yaxis.autorange = "reversed"; // the first method at the top
+    }
+    for (const trace of figure.data) if (trace.mode) trace.marker = { size: trace.mode === "markers" ? 11 : 7 };
     Plotly.newPlot(element, figure.data, layout, { responsive: true, displaylogo: false });
   }
 }

@@ -88,7 +88,8 @@ def _figures(method: Distillation, conditions: Conditions) -> dict[str, float]:
     )
     unseen = given.text("held-out", UNSEEN // 8 if conditions.quick else UNSEEN).to(device)
     points = 2 if conditions.quick else 8
-    curve, aside = conditions.curves.setdefault("unseen text's loss in nats over tokens", []), [0.0]
+    curve, aside = list[tuple[float, float]](), [0.0]
+    conditions.curves["unseen text's loss in nats over tokens"] = curve
 
     def watch(done: int) -> None:
         if done % (steps // points) == 0:

@@ -10,6 +10,7 @@ held-out data.
 import copy
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +119,7 @@ def _under(conditions: Conditions, method: FineTuning) -> dict[str, float]:
 
 
 def figures(
-    given: Substrate, method: FineTuning, curves: dict[str, list[tuple[float, float]]] | None = None
+    given: Substrate, method: FineTuning, curves: dict[str, Sequence[tuple[float, ...]]] | None = None
 ) -> dict[str, float]:
     """Adapt copies of the substrate's model at each learning rate, merge the best, and measure it; `curves` gets its loss."""
     runs = []

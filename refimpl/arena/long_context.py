@@ -1,45 +1,54 @@
 r"""What is given up when the cache is compressed: tasks over a long text, by a small model that does them well without.
 
 The substrate is the testbed's model in bfloat16, or a checkpoint of the user's, and samples of the testbed's tasks: a text of
-`LENGTH` tokens with what is asked for somewhere in it. A prompt is read, the method is told that it is over
-(`compress_prefill`), and the answer is decoded greedily up to the end of its line, sample by sample. Two things that benchmarks fix in
-silence are axes here. `question`: whether the cache may see it while it compresses (`seen`), or is given the text alone and the
-question after (`hidden`). `prefill`: whether the prompt is read at once, so that a method that compresses as tokens come
-does so only after the whole is read, or in chunks of `CHUNK`, each of which sees what was left of those before.
+`LENGTH` tokens with what is asked for somewhere in it; the needle on a grid of lengths and depths, once with 7 words to be
+found and once with 64 (`needle_64`). In the place of these tasks it takes texts of the user's: LongBench's JSON lines with
+LongBench's own scores, and prose in which pass keys of 7 and 64 digits are hidden.
+
+A prompt is read, the method is told that it is over (`compress_prefill`), and the answer is decoded greedily up to the end of its
+line, sample by sample. Two things that benchmarks fix in silence are axes here. `question`: whether the cache may see it while it
+compresses (`seen`), or is given the text alone and the question after (`hidden`). `prefill`: whether the prompt is read at once, so that
+a method that compresses as tokens come does so only after the whole is read, or in chunks of `CHUNK`, each of which sees what
+was left of those before.
 
 A method's settings are its own, but for one: `compression` stands for the `budget` that is so many times below what was read
 (`tokens_to_keep`), sample by sample, so that all methods that drop tokens have the same. The figure `compression` counts
 bytes, and so is less than the setting where a cache holds more than its budget of tokens: room to append, scores.
 
-Methods join by `cache(config)`, those that are fitted to a model after `calibrated(model, texts)` on training text, or, where they shorten the prompt instead, by `compressor(tokenizer, model)`: then the full cache
-holds what they leave of the text, with the question as many tokens as a cache of the same setting would.
+Methods join in one of four ways: by `cache(config)`; those that are fitted to a model by `calibrated(model, texts)` before, on training
+text; those that shorten the prompt by `compressor(tokenizer, model)`: then the full cache holds what they leave of the text, with
+the question as many tokens as a cache of the same setting would; and mixers in the place of attention by `language_model`: they
+answer with a model of their own, of the testbed's size and trained on the same rows (`trained`), whose state stands for the cache,
+against the bytes of the testbed's.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from refimpl import testbed
+from refimpl.architecture.alternatives import trained
+from refimpl.architecture.alternatives.language_model import LanguageModel, States
 from refimpl.arena.protocol import Conditions, Metric, clock
 from refimpl.inference.kv_cache.protocol import tokens_to_keep
+from refimpl.long_context import questions
+from refimpl.long_context.questions import LENGTH, Sample, Substrate
 from refimpl.model.cache import Cache, FullCache
-from refimpl.model.config import Config
 from refimpl.model.model import Decoder
-from refimpl.testbed.sample import Sample
 
-LENGTH, SAMPLES, QUICK_SAMPLES, CHUNK, LEAST = 896, 20, 4, 128, 8
+CHUNK, LEAST = 128, 8
 WINDOWS, QUICK_WINDOWS, WINDOW = 16, 4, 256  # of training text, for methods that are calibrated
 
 ABOUT = (
     f"The testbed's model in bfloat16 answers questions on texts of up to {LENGTH} tokens from a compressed cache: the task's own "
     "score, bytes held after the prompt and at the end, and time to read and to decode."
 )
-VERSION = 1
+VERSION = 2
 METRICS = (
     Metric("score", "task's own, 0 to 1", "higher"),
     Metric("compression", "times fewer bytes than all tokens' after the prompt", "higher"),
@@ -50,22 +59,11 @@ METRICS = (
 )
 BASELINE = "full cache"
 AXES: dict[str, tuple[Any, ...]] = {
-    "task": testbed.tasks.NAMES,
+    "task": questions.NAMES,
     "question": ("seen", "hidden"),
     "prefill": ("whole", "chunks"),
 }
 QUICK: dict[str, tuple[Any, ...]] = {"task": ("needle",), "question": ("seen",), "prefill": ("whole",)}
-
-
-@dataclass(frozen=True)
-class Substrate:
-    """A model, its tokenizer, and the samples of one task with its score and the longest answer in tokens."""
-
-    model: Decoder
-    tokenizer: Tokenizer
-    samples: Sequence[Sample]
-    score: Callable[[str, str], float]
-    answer_tokens: int
 
 
 @dataclass(frozen=True)
@@ -81,86 +79,96 @@ class Answer:
     decoded: int
 
 
-def substrate(conditions: Conditions) -> Substrate:
-    """The model and the samples of the cell's task."""
-    model, encoder = testbed.subject(conditions.model, conditions.device, torch.bfloat16)
-    name = conditions.axes["task"]
-    task = testbed.tasks.task(name)
-    count = QUICK_SAMPLES if conditions.quick else SAMPLES
-    samples = testbed.tasks.samples(name, count, LENGTH, conditions.generator)
-    return Substrate(model, encoder, samples, task.score, task.ANSWER_TOKENS)
+def axes_of(texts: Path) -> dict[str, tuple[Any, ...]]:
+    """The axes where a folder of the user's has the tasks."""
+    return {**AXES, "task": questions.names(texts)}
 
 
 def baseline(conditions: Conditions) -> dict[str, float]:
     """All keys and values, in the model's 16 bits."""
-    return figures(substrate(conditions), lambda config, _: FullCache(config.sliding_window), conditions)
+    given = questions.substrate(conditions)
+    return figures(given, conditions, lambda _: _full(given))
 
 
 def measure(implementation: Any, settings: dict[str, Any], conditions: Conditions) -> dict[str, float]:
-    """The cache of `implementation(**settings)`, made anew for each sample; or a full cache of the prompt that it shortens.
+    """The method `implementation(**settings)`, in the way that it joins.
 
     Raises:
-        TypeError: the method neither makes a cache nor shortens prompts.
+        TypeError: it joins in none.
+        ValueError: it has a model of its own, and one was given.
     """
+    mixer = callable(getattr(implementation, "language_model", None))
+    if mixer and conditions.model is not None:
+        raise ValueError(
+            f"--model {conditions.model}: {implementation.__name__} stands in the place of attention and answers with a model "
+            "trained for it; it can't be run inside another one"
+        )
+    given = questions.substrate(conditions)
+    if mixer:
+        own_model = trained.load(implementation).to(conditions.device)
+        return figures(given, conditions, lambda _: States(), model=own_model)
+    own = dict(settings)
     if callable(getattr(implementation, "compressor", None)):
-        own = dict(settings)
         times = own.pop("compression")
-        given = substrate(conditions)
         compressor = implementation(**own).compressor(given.tokenizer, given.model)
 
-        def shorten(sample: Sample, question: int) -> list[int]:
-            n = len(given.tokenizer.encode(sample.context, add_special_tokens=False).ids)
-            budget = max(1, tokens_to_keep(n + question, times, LEAST) - question)
-            said = sample.question if conditions.axes["question"] == "seen" else ""
+        def shorten(sample: Sample, context: list[int], question: int) -> list[int]:
+            special = len(given.tokenizer.encode("").ids)
+            budget = max(1, tokens_to_keep(len(context) - special + question, times, LEAST) - question)
+            said = sample.question if question else ""
             kept: list[int] = compressor.compress([sample.context], [budget], [said])[0].ids.tolist()
-            return [*given.tokenizer.encode("").ids, *kept]
+            return [*context[:special], *kept]
 
-        return figures(given, lambda config, _: FullCache(config.sliding_window), conditions, shorten)
+        return figures(given, conditions, lambda _: _full(given), shorten)
     if not callable(getattr(implementation, "cache", None)):
         raise TypeError(
-            f"{implementation.__name__} has neither `cache(config)` nor `compressor(tokenizer, model)`, "
-            "through which methods join this arena"
+            f"{implementation.__name__} has none of `cache(config)`, `compressor(tokenizer, model)` and "
+            "`language_model(shape, generator)`, through which methods join this arena"
         )
-
     if callable(getattr(implementation, "calibrated", None)):
-        given = substrate(conditions)
         windows = QUICK_WINDOWS if conditions.quick else WINDOWS
         text = testbed.Subject(given.model, given.tokenizer).text("train", windows * WINDOW)
-        fitted = implementation(**settings).calibrated(given.model, list(text.view(windows, WINDOW)))
-        return figures(given, lambda config, _: fitted.cache(config), conditions)
+        fitted = implementation(**own).calibrated(given.model, list(text.view(windows, WINDOW)))
+        return figures(given, conditions, lambda _: fitted.cache(given.model.config))
 
-    def cache(config: Config, read: int) -> Cache:
-        own = dict(settings)
-        if "compression" in own:
-            own["budget"] = tokens_to_keep(read, own.pop("compression"), LEAST)
-        made: Cache = implementation(**own).cache(config)
+    def cache(read: int) -> Cache:
+        budget = {"budget": tokens_to_keep(read, own["compression"], LEAST)} if "compression" in own else {}
+        rest = {name: value for name, value in own.items() if name != "compression"}
+        made: Cache = implementation(**rest, **budget).cache(given.model.config)
         return made
 
-    return figures(substrate(conditions), cache, conditions)
+    return figures(given, conditions, cache)
+
+
+def _full(given: Substrate) -> Cache:
+    return FullCache(given.model.config.sliding_window)
 
 
 def figures(
     given: Substrate,
-    cache: Callable[[Config, int], Cache],
     conditions: Conditions,
-    shorten: Callable[[Sample, int], list[int]] | None = None,
+    cache: Callable[[int], Cache | States],
+    shorten: Callable[[Sample, list[int], int], list[int]] | None = None,
+    model: LanguageModel | None = None,
 ) -> dict[str, float]:
-    """Answer every sample, and average.
+    """Answer every sample, and average; where needles were looked for, a map of the scores goes to the curves.
 
     Args:
         given: model and samples.
-        cache: makes an empty cache, from the model's shape and the tokens that will be read when it compresses.
         conditions: the cell's.
-        shorten: the context's tokens that are read, given how many tokens of question are read with them; None reads all.
+        cache: makes an empty cache, from the number of tokens that will be read when it compresses.
+        shorten: the context's tokens that are read, given all of them and how many tokens of question are read with them; None
+            reads all.
+        model: that answers; None is the substrate's.
     """
-    answers = [answer(given, sample, cache, conditions, shorten) for sample in given.samples]
-    config = given.model.config
-    token_bytes = (
-        2 * config.n_layers * config.n_kv_heads * config.head_dim * given.model.embedding.weight.element_size()
-    )
+    answers = [answer(given, sample, conditions, cache, shorten, model) for sample in given.samples]
+    scores = [sample.score(answer.text) for sample, answer in zip(given.samples, answers, strict=True)]
+    found = [(*s.at, score) for s, score in zip(given.samples, scores, strict=True) if s.at is not None]
+    if found:
+        conditions.curves["score over depth and length"] = found
     return {
-        "score": statistics.fmean(given.score(a.text, s.answer) for a, s in zip(answers, given.samples, strict=True)),
-        "compression": sum(a.read for a in answers) * token_bytes / sum(a.prompt_bytes for a in answers),
+        "score": statistics.fmean(scores),
+        "compression": sum(a.read for a in answers) * given.token_bytes / sum(a.prompt_bytes for a in answers),
         "prompt_bytes": statistics.fmean(a.prompt_bytes for a in answers),
         "final_bytes": statistics.fmean(a.final_bytes for a in answers),
         "prefill_seconds": statistics.median(a.prefill_seconds for a in answers),
@@ -172,39 +180,44 @@ def figures(
 def answer(
     given: Substrate,
     sample: Sample,
-    cache: Callable[[Config, int], Cache],
     conditions: Conditions,
-    shorten: Callable[[Sample, int], list[int]] | None = None,
+    cache: Callable[[int], Cache | States],
+    shorten: Callable[[Sample, list[int], int], list[int]] | None = None,
+    model: LanguageModel | None = None,
 ) -> Answer:
-    """Read a sample's prompt, compress, and decode the answer greedily."""
-    device, axes = conditions.device, conditions.axes
-    context = given.tokenizer.encode(sample.context).ids
-    question = given.tokenizer.encode(sample.question, add_special_tokens=False).ids
+    """Read a sample's prompt, compress, and decode the answer greedily; arguments as in `figures`."""
+    device, axes, answering = conditions.device, conditions.axes, model or given.model
+    context, question = questions.fitting(given, sample)
     seen = axes["question"] == "seen"
     whole = len(context) + len(question) * seen
     start = clock(device)
     if shorten is not None:
-        context = shorten(sample, len(question) * seen)
+        context = shorten(sample, context, len(question) * seen)
     first, after = (context + question, []) if seen else (context, question)
-    chunk = CHUNK if axes["prefill"] == "chunks" else len(first)
-    memory = cache(given.model.config, len(first))
-    hidden = _read(given.model, first, memory, chunk)
+    memory = cache(len(first))
+    hidden = _read(answering, first, memory, CHUNK if axes["prefill"] == "chunks" else len(first))
     memory.compress_prefill()
     prompt_bytes = memory.nbytes
     if after:
-        hidden = _read(given.model, after, memory, len(after))
-    following = int(given.model.logits(hidden[0, -1]).argmax())
+        hidden = _read(answering, after, memory, len(after))
+    following = int(answering.logits(hidden[0, -1]).argmax())
     began = clock(device)
     said = [following]
-    while len(said) < given.answer_tokens and "\n" not in given.tokenizer.decode(said[-1:]):
-        hidden = _read(given.model, said[-1:], memory, 1)
-        said.append(int(given.model.logits(hidden[0, -1]).argmax()))
+    while len(said) < given.answer_tokens and not _over(given, said[-1]):
+        hidden = _read(answering, said[-1:], memory, 1)
+        said.append(int(answering.logits(hidden[0, -1]).argmax()))
     seconds = clock(device) - began
-    text = given.tokenizer.decode(said).split("\n")[0]
+    spoken = said[:-1] if said[-1] in given.ends else said
+    text = given.tokenizer.decode(spoken)
+    text = text.split("\n")[0] if given.one_line else text
     return Answer(text, whole, prompt_bytes, memory.nbytes, began - start, seconds, len(said) - 1)
 
 
-def _read(model: Decoder, tokens: Sequence[int], cache: Cache, chunk: int) -> Tensor:
+def _over(given: Substrate, token: int) -> bool:
+    return token in given.ends or (given.one_line and "\n" in given.tokenizer.decode([token]))
+
+
+def _read(model: Decoder | LanguageModel, tokens: Sequence[int], cache: Any, chunk: int) -> Tensor:
     """Normalized outputs of the last chunk, `[1, time, d_model]`."""
     for part in torch.split(torch.tensor([tokens], device=model.embedding.weight.device), chunk, dim=1):
         hidden = model.hidden(part, cache)

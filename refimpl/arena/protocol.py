@@ -11,13 +11,14 @@ of the settings given there is run at each point of the arena's axes. `refimpl/b
     QUICK      the axes' values that the quick form keeps: `{"task": ("needle",)}`; an axis left out keeps all
     baseline(conditions) -> dict of metric to value
     measure(implementation, settings, conditions) -> dict of metric to value
+    axes_of(texts) -> the axes where a folder of the user's texts takes the tasks' place; an arena that takes none leaves it out
 
 `implementation` is the method's object (`RTN`), `settings` its configuration for this cell (`{"bits": 4}`). Both functions
 draw everything random from `conditions.generator`, so that a seed fixes the substrate: every method meets the same one.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -44,7 +45,9 @@ class Conditions:
         axes: this cell's point on the arena's `AXES`.
         quick: less of the same, so that the cell takes about a second: fewer samples, fewer steps.
         model: a local Hugging Face folder; None stands for the testbed. An arena that can't use one raises.
-        curves: figures over the run, `{"loss over tokens": [(tokens, loss), …]}`, which the arena may add to.
+        texts: a local folder of texts, given to arenas that have `axes_of`; None stands for the arena's own.
+        curves: figures over the run, `{"loss over tokens": [(tokens, loss), …]}`, which the arena may add to; of three numbers
+            a point makes a map, `{"score over depth and length": [(depth, length, score), …]}`.
     """
 
     generator: torch.Generator
@@ -52,7 +55,8 @@ class Conditions:
     axes: Mapping[str, Any] = field(default_factory=dict)
     quick: bool = False
     model: Path | None = None
-    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    texts: Path | None = None
+    curves: dict[str, Sequence[tuple[float, ...]]] = field(default_factory=dict)
 
 
 def takes_no_model(conditions: Conditions) -> None:

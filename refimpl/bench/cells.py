@@ -32,6 +32,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         simulated: the method only imitates its saving.
         device: torch device.
         model: a local Hugging Face folder; None stands for the testbed.
+        texts: a local folder of texts; None stands for the arena's own.
     """
 
     arena: str
@@ -44,6 +45,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     simulated: bool = False
     device: str = "cpu"
     model: str | None = None
+    texts: str | None = None
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,9 +79,29 @@ def open_arena(name: str) -> Arena:
     return arena
 
 
-def points(arena: Arena, quick: bool = False) -> list[dict[str, Any]]:
+def axes_of(arena: Arena, texts: str | None = None) -> dict[str, tuple[Any, ...]]:
+    """An arena's axes; on texts of the user's, those that their folder gives.
+
+    Raises:
+        ValueError: the arena takes no texts.
+    """
+    if texts is None:
+        return arena.AXES
+    if not hasattr(arena, "axes_of"):
+        raise ValueError(f"--texts {texts}: this arena takes no texts of the user's; leave the option out")
+    found: dict[str, tuple[Any, ...]] = arena.axes_of(Path(texts))
+    return found
+
+
+def points(arena: Arena, quick: bool = False, texts: str | None = None) -> list[dict[str, Any]]:
     """All points of an arena's axes; a single empty one where it has none."""
-    kept = {name: arena.QUICK.get(name, values) if quick else values for name, values in arena.AXES.items()}
+    axes = axes_of(arena, texts)
+    kept = {
+        name: tuple(value for value in values if value in arena.QUICK[name]) or values
+        if quick and name in arena.QUICK
+        else values
+        for name, values in axes.items()
+    }
     return [dict(zip(kept, values, strict=True)) for values in itertools.product(*kept.values())]
 
 
@@ -98,6 +120,7 @@ def cells(
     quick: bool = False,
     device: str = "cpu",
     model: str | None = None,
+    texts: str | None = None,
 ) -> list[Cell]:
     """The cells of methods in their arenas, each arena's baseline first.
 
@@ -109,9 +132,10 @@ def cells(
         quick: the quick form.
         device: torch device of every cell.
         model: local folder of a model for every cell.
+        texts: local folder of texts for every cell.
 
     Raises:
-        ValueError: an arena is unknown.
+        ValueError: an arena is unknown, or takes no texts.
     """
     methods, seeds = list(methods), list(seeds)
     found = []
@@ -132,10 +156,11 @@ def cells(
                 simulated=simulated,
                 device=device,
                 model=model,
+                texts=texts,
             )
             for label, implementation, grid, simulated in runs
             for settings in combinations(grid, quick)
-            for axes in points(arena, quick)
+            for axes in points(arena, quick, texts)
             for seed in seeds
         ]
     return found

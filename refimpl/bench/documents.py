@@ -8,19 +8,20 @@ from typing import Any
 
 import msgspec
 
-from refimpl.bench.cells import open_arena
+from refimpl.bench.cells import axes_of, open_arena
 from refimpl.bench.runner import Row
 from refimpl.results import kept_rows, read
-from refimpl.views import group_rows
+from refimpl.views import PLACES, group_rows
 
 
-def document(arena: str, rows: Sequence[Row], model: str | None = None) -> dict[str, Any]:
+def document(arena: str, rows: Sequence[Row], model: str | None = None, texts: str | None = None) -> dict[str, Any]:
     """An arena's document; its environment is the one most rows were measured in, and a row of another carries its own.
 
     Args:
         arena: its name; rows of others are left out.
         rows: finished cells, of one form, quick or full.
         model: folder of the model that took the testbed's place.
+        texts: folder of the texts that took the arena's place.
     """
     module = open_arena(arena)
     mine = [row for row in rows if row.arena == arena]
@@ -32,10 +33,11 @@ def document(arena: str, rows: Sequence[Row], model: str | None = None) -> dict[
         "version": module.VERSION,
         "baseline": module.BASELINE,
         "metrics": [metric._asdict() for metric in module.METRICS],
-        "axes": {name: list(values) for name, values in module.AXES.items()},
+        "axes": {name: list(values) for name, values in axes_of(module, texts).items()},
     }
-    if model is not None:
-        found["model"] = Path(model).resolve().name
+    for name, folder in (("model", model), ("texts", texts)):
+        if folder is not None:
+            found[name] = Path(folder).resolve().name
     if any(row.quick for row in mine):
         found["quick"] = True
     found["seeds"] = sorted({row.seed for row in mine})
@@ -54,9 +56,9 @@ def _plain(row: Row, stamp: dict[str, Any]) -> dict[str, Any]:
 
 
 def stem(document: dict[str, Any]) -> str:
-    """Name of a document's file: the arena's, with the model where that is not the testbed."""
-    arena: str = document["arena"]
-    return arena + (f"-on-{document['model'].lower()}" if "model" in document else "")
+    """Name of a document's file: the arena's, with the model where that is not the testbed, and the texts where they are the user's."""
+    parts = [document["arena"], *(f"{word}-{document[name].lower()}" for word, name in PLACES if name in document)]
+    return "-".join(parts)
 
 
 def store(fresh: dict[str, Any], folder: Path) -> Path | None:

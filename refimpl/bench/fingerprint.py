@@ -2,14 +2,14 @@
 
 Code counts by what it does: comments, docstrings and layout may change. It is the method's module and the arena's, with every
 module of this project that they import, however deep; of `refimpl.testbed`, as soon as one of its modules is imported, the
-whole folder, its checkpoint included. A plugin's own package is followed in the same way.
+whole folder, its checkpoint included; and the weights that stand beside the method's module. A plugin's own package is followed in the same way.
 """
 
 import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from refimpl.bench.cells import Cell, open_arena
 FORM = 1  # counts up when the runner itself gives a cell another meaning
 TESTBED = "refimpl.testbed"
 MODEL_FILES = ("*.json", "*.jsonl", "*.safetensors", "*.txt")
+TEXT_FILES = ("*.json", "*.jsonl", "*.txt")
 
 FileDigest = Callable[[Path], str]
 
@@ -44,6 +45,8 @@ def determinants(cell: Cell, file_digest: FileDigest) -> dict[str, Any]:
         "code": code_digest(modules),
         "testbed": testbed_digest(file_digest) if any(map(_of_testbed, sources(modules))) else None,
         "torch": str(torch.__version__),
+        **({"texts": texts_digest(Path(cell.texts), file_digest)} if cell.texts else {}),
+        **({"weights": weights} if (weights := weights_digest(modules, file_digest)) else {}),
     }
 
 
@@ -61,6 +64,17 @@ def content_digest(path: Path) -> str:
 def model_digest(folder: Path, file_digest: FileDigest) -> str:
     """Digest of a model's folder: names and contents of its configuration, tokenizer and weights."""
     return _folder_digest(folder, (path for pattern in MODEL_FILES for path in folder.glob(pattern)), file_digest)
+
+
+def texts_digest(folder: Path, file_digest: FileDigest) -> str:
+    """Digest of a folder of texts: names and contents."""
+    return _folder_digest(folder, (path for pattern in TEXT_FILES for path in folder.glob(pattern)), file_digest)
+
+
+def weights_digest(modules: Sequence[str], file_digest: FileDigest) -> dict[str, str]:
+    """Digests of the weights that come with a method: a file beside its module, as `llmlingua2.safetensors` beside `llmlingua2.py`."""
+    files = [path.with_suffix(".safetensors") for name in modules if (path := _file(name))]
+    return {path.name: file_digest(path) for path in files if path.is_file()}
 
 
 def testbed_digest(file_digest: FileDigest) -> str:

@@ -1,6 +1,7 @@
 """One cell, measured: its arena is given its method, and what comes of it is checked."""
 
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def measure(cell: Cell) -> Outcome:
         cell.axes,
         quick=cell.quick,
         model=Path(cell.model) if cell.model else None,
+        texts=Path(cell.texts) if cell.texts else None,
     )
     try:
         with torch.random.fork_rng([conditions.device] if conditions.device.type == "cuda" else []):
@@ -48,8 +50,9 @@ def _complete(figures: dict[str, Any], arena: Arena) -> dict[str, int | float]:
     return numbers
 
 
-def _curves(curves: dict[str, Any]) -> dict[str, list[tuple[float, float | None]]]:
+def _curves(curves: Mapping[str, Iterable[Iterable[float]]]) -> dict[str, list[tuple[float | None, ...]]]:
     """Curves as JSON can hold them: a value that is not finite, as of a training that diverged, is a gap."""
     return {
-        name: [(float(x), float(y) if math.isfinite(y) else None) for x, y in points] for name, points in curves.items()
+        name: [tuple(float(x) if math.isfinite(x) else None for x in point) for point in points]
+        for name, points in curves.items()
     }

@@ -24,7 +24,7 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
     axes: dict[str, Any] = {}
     seed: int
     figures: dict[str, int | float]
-    curves: dict[str, list[tuple[float, float | None]]] = {}
+    curves: dict[str, list[tuple[float | None, ...]]] = {}
     quick: bool = False
     simulated: bool = False
     error: str | None = None

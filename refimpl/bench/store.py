@@ -58,7 +58,7 @@ class Outcome(msgspec.Struct, kw_only=True, omit_defaults=True):
     """
 
     figures: dict[str, int | float] = {}
-    curves: dict[str, list[tuple[float, float | None]]] = {}
+    curves: dict[str, list[tuple[float | None, ...]]] = {}
     error: str | None = None
     seconds: float = 0.0
     environment: dict[str, Any] = {}

@@ -2,17 +2,22 @@
 
 import copy
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from refimpl import testbed
+from refimpl.architecture.alternatives import trained
+from refimpl.architecture.alternatives.language_model import LanguageModelConfig
+from refimpl.architecture.alternatives.state_space.mamba import Mamba
 from refimpl.arena import long_context as arena
 from refimpl.arena.protocol import Conditions
 from refimpl.inference.kv_cache.dropped.streaming_llm import StreamingLLM
 from refimpl.inference.kv_cache.protocol import tokens_to_keep
 from refimpl.inference.kv_cache.quantized.kivi import KIVI
+from refimpl.long_context import questions
 from refimpl.model.cache import FullCache
 from refimpl.model.config import Config
 from refimpl.model.generate import generate
@@ -35,10 +40,12 @@ def tiny(monkeypatch):
         return own if path is None else real_subject(path, device, dtype)
 
     monkeypatch.setattr(testbed, "subject", subject)
-    monkeypatch.setattr(arena, "LENGTH", 300)
+    monkeypatch.setattr(questions, "LENGTH", 300)
     monkeypatch.setattr(arena, "CHUNK", 60)
-    real = arena.substrate
-    monkeypatch.setattr(arena, "substrate", lambda conditions: dataclasses.replace(real(conditions), answer_tokens=8))
+    real = questions.substrate
+    monkeypatch.setattr(
+        questions, "substrate", lambda conditions: dataclasses.replace(real(conditions), answer_tokens=8)
+    )
     return model
 
 
@@ -58,7 +65,7 @@ def lengths(given):
 
 
 def test_axes_are_the_testbeds_tasks_and_the_switches():
-    assert arena.AXES["task"] == testbed.tasks.NAMES
+    assert arena.AXES["task"] == (*testbed.tasks.NAMES, "needle_64")
     assert all(set(values) <= set(arena.AXES[name]) for name, values in arena.QUICK.items())
 
 
@@ -74,7 +81,7 @@ def test_figures_are_those_announced_and_repeat(axes):
 
 def test_the_baseline_counts_its_16_bits():
     """Oracle: arithmetic: two layers of keys and values, 32 numbers of two bytes; after seven more tokens the buffer has doubled."""
-    given = arena.substrate(conditions())
+    given = questions.substrate(conditions())
     figures = arena.baseline(conditions())
     _, prompts = lengths(given)
     assert figures["prompt_bytes"] == sum(prompts) / len(prompts) * TOKEN_BYTES
@@ -87,10 +94,10 @@ def test_the_baseline_counts_its_16_bits():
 def test_answers_are_those_of_generate(tiny, prefill, question):
     """Oracle: `generate` on the whole prompt; a full cache answers alike however it was read, in float32."""
     now = conditions(prefill=prefill, question=question)
-    given = dataclasses.replace(arena.substrate(now), model=copy.deepcopy(tiny).float())
+    given = dataclasses.replace(questions.substrate(now), model=copy.deepcopy(tiny).float())
     for sample in given.samples:
-        found = arena.answer(given, sample, lambda *_: FullCache(), now)
-        prompt = torch.tensor([tokenizer().encode(sample.prompt).ids])
+        found = arena.answer(given, sample, now, lambda _: FullCache())
+        prompt = torch.tensor([tokenizer().encode(sample.context + sample.question).ids])
         expected = generate(given.model, prompt, 8, stop=tokenizer().encode("\n").ids)
         assert found.text == tokenizer().decode(expected[0].tolist()).split("\n")[0]
 
@@ -115,15 +122,15 @@ def test_what_is_read_before_it_compresses():
     """Oracle: by hand, from the lengths of context and question."""
     for question, prefill in (("seen", "whole"), ("seen", "chunks"), ("hidden", "whole"), ("hidden", "chunks")):
         now = conditions(question=question, prefill=prefill)
-        given = arena.substrate(now)
+        given = questions.substrate(now)
         context, prompt = (sizes[0] for sizes in lengths(given))
         told, memory = [], Notes()
 
-        def cache(config, read, told=told, memory=memory):
+        def cache(read, told=told, memory=memory):
             told.append(read)
             return memory
 
-        arena.answer(given, given.samples[0], cache, now)
+        arena.answer(given, given.samples[0], now, cache)
         first = prompt if question == "seen" else context
         chunks = [first] if prefill == "whole" else [60] * (first // 60) + [first % 60] * (first % 60 > 0)
         after = [prompt - context] if question == "hidden" else []
@@ -134,7 +141,7 @@ def test_what_is_read_before_it_compresses():
 
 def test_compression_is_a_budget_for_every_sample():
     """Oracle: by hand: of a prompt of n tokens ceil(n / 4) are kept, beside the room and the sinks of a cache that holds them."""
-    given = arena.substrate(conditions())
+    given = questions.substrate(conditions())
     _, prompts = lengths(given)
     budgets = []
 
@@ -150,10 +157,14 @@ def test_compression_is_a_budget_for_every_sample():
 
 def test_scores_are_the_tasks(monkeypatch):
     """Oracle: a score that is 1 for whatever this model says, and 0 for a cache that makes it say something else."""
-    given = arena.substrate(conditions())
-    said = {s.answer: arena.answer(given, s, lambda *_: FullCache(), conditions()).text for s in given.samples}
-    known = dataclasses.replace(given, score=lambda text, answer: float(text == said[answer]))
-    monkeypatch.setattr(arena, "substrate", lambda conditions: known)
+    given = questions.substrate(conditions())
+    said = [arena.answer(given, s, conditions(), lambda _: FullCache()).text for s in given.samples]
+    samples = [
+        s._replace(score=lambda text, right=right: float(text == right))
+        for s, right in zip(given.samples, said, strict=True)
+    ]
+    known = dataclasses.replace(given, samples=samples)
+    monkeypatch.setattr(questions, "substrate", lambda conditions: known)
     assert arena.baseline(conditions())["score"] == 1
     assert arena.measure(StreamingLLM, {"budget": 8}, conditions())["score"] < 1
 
@@ -182,7 +193,7 @@ class Last:
 @pytest.mark.parametrize("question", ["seen", "hidden"])
 def test_a_prompt_compressor_reads_what_a_cache_of_the_same_budget_holds(question):
     """Oracle: what is read, by hand: the text's last tokens, so that with the question there are so many times fewer."""
-    given = arena.substrate(conditions(question=question))
+    given = questions.substrate(conditions(question=question))
     figures = arena.measure(Last, {"compression": 4}, conditions(question=question))
     context, prompt = lengths(given)
     read = prompt if question == "seen" else context
@@ -219,5 +230,74 @@ def test_a_method_that_is_calibrated_is_fitted_to_training_text_first(tiny):
 
 
 def test_a_method_of_neither_kind_is_refused():
-    with pytest.raises(TypeError, match=r"dict has neither `cache\(config\)` nor `compressor\(tokenizer, model\)`"):
+    with pytest.raises(
+        TypeError, match=r"dict has none of `cache\(config\)`, `compressor\(tokenizer, model\)` and `language_model"
+    ):
         arena.measure(dict, {}, conditions())
+
+
+def test_needles_leave_a_map_of_their_scores(monkeypatch):
+    """Oracle: the mean of the map is the score; its places are those of the samples."""
+    monkeypatch.setattr(questions, "LENGTH", 500)
+    for task, there in (("needle", True), ("needle_64", True), ("few_shot", False)):
+        now = conditions(task=task)
+        score = arena.baseline(now)["score"]
+        assert list(now.curves) == (["score over depth and length"] if there else [])
+        for points in now.curves.values():
+            assert [(depth, length) for depth, length, _ in points] == [
+                (d, n) for n in (250, 500) for d in (0.25, 0.75)
+            ]
+            assert sum(value for *_, value in points) / 4 == score
+
+
+@pytest.fixture
+def mamba(tmp_path, monkeypatch):
+    """A random model of mixers, stored where a trained one would stand."""
+    shape = LanguageModelConfig(vocabulary=VOCABULARY, d_model=16, n_layers=2)
+    model = Mamba(d_state=4).language_model(shape, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(trained, "weights_file", lambda method: tmp_path / "mamba.safetensors")
+    trained.save(model, Mamba(d_state=4), tmp_path / "mamba.safetensors")
+    return trained.load(Mamba)
+
+
+@pytest.mark.parametrize("prefill", ["whole", "chunks"])
+def test_a_mixer_answers_with_a_model_of_its_own(mamba, prefill):
+    """Oracle: the stored model's `generate` for the text; for the bytes, by hand: 32 channels of 4 numbers in float32 and of 3
+    inputs in bfloat16, in two layers, against what the testbed's stand-in would hold."""
+    now = conditions(prefill=prefill)
+    given = questions.substrate(now)
+    said = []
+    given = dataclasses.replace(
+        given, samples=[s._replace(score=lambda text: float(said.append(text) or 0)) for s in given.samples]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(questions, "substrate", lambda conditions: given)
+        figures = arena.measure(Mamba, {}, now)
+    state = 2 * (32 * 4 * 4 + 32 * 3 * 2)
+    assert figures["prompt_bytes"] == figures["final_bytes"] == state
+    _, prompts = lengths(given)
+    assert figures["compression"] == pytest.approx(sum(prompts) / len(prompts) * TOKEN_BYTES / state)
+    ends = tokenizer().encode("\n").ids
+    for sample, text in zip(given.samples, said, strict=True):
+        prompt = torch.tensor([tokenizer().encode(sample.context + sample.question).ids])
+        expected = mamba.generate(prompt, 8, stop=ends)[0].tolist()
+        assert text == tokenizer().decode(expected).split("\n")[0]
+
+
+def test_a_mixer_has_no_place_in_a_model_of_the_users(mamba, tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"--model .*Mamba stands in the place of attention"):
+        arena.measure(Mamba, {}, dataclasses.replace(conditions(), model=tmp_path))
+
+
+def test_texts_of_the_users(tmp_path):
+    """Oracle: by hand: the folder's tasks, and an answer that is scored against the file's."""
+    line = {"input": "Where?", "context": "Rome. " * 50, "answers": ["1 2"], "all_classes": None}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line))
+    assert arena.axes_of(tmp_path) == {**arena.AXES, "task": ("qasper",)}
+    now = dataclasses.replace(conditions(task="qasper"), texts=tmp_path)
+    given = questions.substrate(now)
+    said = arena.answer(given, given.samples[0], now, lambda _: FullCache()).text
+    (tmp_path / "qasper.jsonl").write_text(json.dumps({**line, "answers": [said]}))
+    assert arena.baseline(now)["score"] == 1
+    (tmp_path / "qasper.jsonl").write_text(json.dumps({**line, "answers": ["nothing of it"]}))
+    assert arena.baseline(now)["score"] == 0

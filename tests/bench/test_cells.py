@@ -1,5 +1,7 @@
 """What there is to run. Oracle: counted by hand, on a toy arena of two tasks and three lengths."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -48,6 +50,26 @@ def test_only_the_arenas_asked_for_and_plugins_in_each(toys, rtn):
 
 def test_place_and_model_are_every_cells(toys, rtn):
     assert {(c.device, c.model) for c in cells([rtn], device="cuda:1", model="here")} == {("cuda:1", "here")}
+
+
+def test_texts_of_the_users_bring_their_axes(toys, rtn, monkeypatch):
+    """Oracle: by hand. The quick form keeps of its points those that the texts have, and else all."""
+    with pytest.raises(ValueError, match="--texts here: this arena takes no texts of the user's"):
+        cells([rtn], texts="here")
+    told = []
+
+    def axes_of(folder):
+        told.append(folder)
+        return {"task": ("sum", "essay"), "length": (8,)}
+
+    monkeypatch.setattr(open_arena("toy"), "axes_of", axes_of, raising=False)
+    found = cells([], arenas=["toy"], texts="here")
+    assert [(c.axes["task"], c.axes["length"], c.texts) for c in found] == [("sum", 8, "here"), ("essay", 8, "here")]
+    assert [(c.axes["task"], c.axes["length"]) for c in cells([], arenas=["toy"], texts="here", quick=True)] == [
+        ("sum", 8)
+    ]
+    assert set(told) == {Path("here")}
+    assert {c.texts for c in cells([rtn])} == {None}
 
 
 def test_combinations_of_nothing_are_one():

@@ -1,5 +1,6 @@
 """Documents of arenas. Oracle: the files, by hand."""
 
+import importlib
 import json
 
 import msgspec
@@ -50,6 +51,17 @@ def test_the_file_is_named_for_arena_and_model(toys, tmp_path):
     found = document("toy", [row()], model=str(tmp_path / "Qwen2-0.5B"))
     assert (found["model"], stem(found)) == ("Qwen2-0.5B", "toy-on-qwen2-0.5b")
     assert store(found, tmp_path).name == "toy-on-qwen2-0.5b.json"
+
+
+def test_texts_of_the_users_are_named_and_bring_their_axes(toys, tmp_path, monkeypatch):
+    arena = importlib.import_module("refimpl.arena.toy")
+    monkeypatch.setattr(arena, "axes_of", lambda folder: {"task": ("essay",)}, raising=False)
+    found = document("toy", [row()], model="/m/Qwen2", texts=str(tmp_path / "LongBench"))
+    assert (found["texts"], found["axes"], stem(found)) == (
+        "LongBench",
+        {"task": ["essay"]},
+        "toy-on-qwen2-of-longbench",
+    )
 
 
 def test_rows_of_methods_that_did_not_run_are_kept_with_their_environment(toys, tmp_path):

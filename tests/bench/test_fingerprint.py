@@ -183,6 +183,28 @@ def test_a_model_is_known_by_what_is_in_its_files(toys, checkpoint, tmp_path):
     assert key_of(cell) != before
 
 
+def test_texts_are_known_by_what_is_in_their_files(toys, tmp_path):
+    """Oracle: a copy elsewhere is the same folder; a byte of a text makes it another one, a file of another kind does not."""
+    plain = key_of(toy())
+    keys = []
+    for name, text in (("a", "long"), ("b", "long"), ("c", "lone")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "essay.txt").write_text(text)
+        keys.append(key_of(msgspec.structs.replace(toy(), texts=str(tmp_path / name))))
+    (tmp_path / "b" / "README.md").write_text("Read me.")
+    assert keys[0] == keys[1] == key_of(msgspec.structs.replace(toy(), texts=str(tmp_path / "b")))
+    assert len({plain, keys[0], keys[2]}) == 3
+
+
+def test_weights_beside_a_module_count(toys):
+    """Oracle: each byte of them; a file of another name does not."""
+    cell, keys = toy(), [key_of(toy())]
+    for name, text in (("methods", "1"), ("methods", "2"), ("other", "3")):
+        (toys / f"refimpl/toys/{name}.safetensors").write_text(text)
+        keys.append(key_of(cell))
+    assert len({*keys[:3]}) == 3 and keys[3] == keys[2]
+
+
 def test_a_large_file_is_read_once_as_long_as_it_looks_the_same(checkpoint, store, monkeypatch):
     """Oracle: how often it is read: once, also by the next run; again when it was written anew."""
     from refimpl.bench import store as module
