@@ -28,8 +28,10 @@ from refimpl import plots, results
 from refimpl.views import sheets
 from taxonomy import Category, Claim, Facets, Framework, InvalidTaxonomy, Method, Taxonomy
 from taxonomy import graph as graphs
+from tools import findings
 
 ROOT = Path(__file__).parents[1]
+LONG_CONTEXT = "long_context"  # the arena that is held against a published benchmark
 SURVEY = "survey"  # folder of the generated tree, and name of its tab
 PROTECTED = re.compile(r"(\$\$.+?\$\$|\$[^$]+\$|```.+?```|`[^`]+`)", re.DOTALL)
 
@@ -229,6 +231,9 @@ class Site:
                 table=_table(document, methods),
                 name=name,
                 figures=plots.figures(document),
+                findings=findings.answers(document) if name == LONG_CONTEXT else [],
+                beside=findings.side_by_side(document) if name == LONG_CONTEXT else [],
+                published=findings.read() if name == LONG_CONTEXT else {},
             )
             self.put(f"results/{name}.json", json.dumps(document, indent=1) + "\n")
             self.put(f"results/{name}.csv", results.csv_text(document))
@@ -319,6 +324,7 @@ def _templates(site: Site) -> jinja2.Environment:
         "facets": Facets.__struct_fields__,
         "measured": site.measured,
         "site": site,
+        "zip": zip,
         "covered": lambda methods: sum(m.implemented for m in methods),
     }
     return environment
