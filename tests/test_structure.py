@@ -183,7 +183,7 @@ def test_what_a_family_may_import(file):
             assert folder.startswith(path.rpartition("/")[0]), f"{file} imports {name}, which no folder above it holds"
 
 
-@pytest.mark.parametrize("file", sources("refimpl/model", "refimpl/testbed", "refimpl/arena"))
+@pytest.mark.parametrize("file", sources("refimpl/model", "refimpl/testbed", "refimpl/long_context", "refimpl/arena"))
 def test_substrate_and_arenas_know_no_method(file):
     """They meet methods through protocols: one that joins changes no line of them."""
     for name in imports(file):
@@ -224,7 +224,7 @@ def test_families_are_the_folders_of_the_taxonomy():
     """Oracle: the folders; none of a name that only one of the trees knows."""
     families = {path.name for path in taxonomy.ROOT.iterdir() if (path / "_category.yaml").is_file()}
     assert families == set(FAMILIES)
-    others = {"arena", "bench", "model", "testbed"}
+    others = {"arena", "bench", "long_context", "model", "testbed"}
     for top in ("refimpl", "tests"):
         folders = {path.name for path in (ROOT / top).iterdir() if path.is_dir() and any(path.rglob("*.py"))}
         assert folders - others - {"taxonomy", "tools"} <= families

@@ -84,9 +84,21 @@ def axes_of(texts: Path) -> dict[str, tuple[Any, ...]]:
     return {**AXES, "task": questions.names(texts)}
 
 
+def substrate(conditions: Conditions) -> Substrate:
+    """The model and the samples of the cell's task."""
+    return questions.substrate(
+        conditions.axes["task"],
+        conditions.generator,
+        quick=conditions.quick,
+        model=conditions.model,
+        texts=conditions.texts,
+        device=conditions.device,
+    )
+
+
 def baseline(conditions: Conditions) -> dict[str, float]:
     """All keys and values, in the model's 16 bits."""
-    given = questions.substrate(conditions)
+    given = substrate(conditions)
     return figures(given, conditions, lambda _: _full(given))
 
 
@@ -103,7 +115,7 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
             f"--model {conditions.model}: {implementation.__name__} stands in the place of attention and answers with a model "
             "trained for it; it can't be run inside another one"
         )
-    given = questions.substrate(conditions)
+    given = substrate(conditions)
     if mixer:
         own_model = trained.load(implementation).to(conditions.device)
         return figures(given, conditions, lambda _: States(), model=own_model)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -12,7 +12,6 @@ import torch
 from tokenizers import Tokenizer
 
 from refimpl import testbed
-from refimpl.arena.protocol import Conditions
 from refimpl.long_context import haystack, longbench
 from refimpl.model.model import Decoder
 
@@ -72,19 +71,35 @@ def names(texts: Path) -> tuple[str, ...]:
     return found
 
 
-def substrate(conditions: Conditions) -> Substrate:
-    """The model and the samples of the cell's task."""
-    model, encoder = testbed.subject(conditions.model, conditions.device, torch.bfloat16)
-    name = conditions.axes["task"]
-    if conditions.texts is not None:
-        return _of_the_users(model, encoder, name, conditions)
+def substrate(
+    name: str,
+    generator: torch.Generator,
+    *,
+    quick: bool = False,
+    model: Path | None = None,
+    texts: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Substrate:
+    """A model and the samples of a task.
+
+    Args:
+        name: one of `NAMES`, or of `names(texts)`.
+        generator: source of the samples.
+        quick: fewer of them.
+        model: folder of a checkpoint; None stands for the testbed's.
+        texts: folder of the user's; None stands for the testbed's tasks.
+        device: of the model.
+    """
+    decoder, encoder = testbed.subject(model, device, torch.bfloat16)
+    if texts is not None:
+        return _of_the_users(Substrate(decoder, encoder, [], 0, _end_tokens(model)), name, generator, texts, quick)
     if name in NEEDLES:
-        task, samples = testbed.tasks.task("needle"), _needles(name, conditions)
+        task, samples = testbed.tasks.task("needle"), _needles(name, generator, quick)
     else:
-        task, count = testbed.tasks.task(name), QUICK_SAMPLES if conditions.quick else SAMPLES
-        drawn = testbed.tasks.samples(name, count, LENGTH, conditions.generator)
+        task, count = testbed.tasks.task(name), QUICK_SAMPLES if quick else SAMPLES
+        drawn = testbed.tasks.samples(name, count, LENGTH, generator)
         samples = [Sample(s.context, s.question, partial(_score, task.score, s.answer)) for s in drawn]
-    return Substrate(model, encoder, samples, task.ANSWER_TOKENS)
+    return Substrate(decoder, encoder, samples, task.ANSWER_TOKENS)
 
 
 def _score(score: Callable[[str, str], float], answer: str, prediction: str) -> float:
@@ -97,13 +112,13 @@ def _grid(quick: bool) -> list[tuple[float, float]]:
     return [(part, depth) for part in parts for depth in depths]
 
 
-def _needles(name: str, conditions: Conditions) -> list[Sample]:
+def _needles(name: str, generator: torch.Generator, quick: bool) -> list[Sample]:
     """The testbed's needle at each length and depth; of 64 words, those count that stand in their places."""
     words, found = NEEDLES[name], []
     score = testbed.tasks.task("needle").score if name == "needle" else words_in_place
-    for part, depth in _grid(conditions.quick):
+    for part, depth in _grid(quick):
         length = int(part * LENGTH)
-        (s,) = testbed.tasks.samples("needle", 1, length, conditions.generator, depth=depth, words=words)
+        (s,) = testbed.tasks.samples("needle", 1, length, generator, depth=depth, words=words)
         found.append(Sample(s.context, s.question, partial(_score, score, s.answer), (depth, length)))
     return found
 
@@ -119,24 +134,21 @@ def words_in_place(prediction: str, answer: str) -> float:
     return sum(a == b for a, b in zip(given, right, strict=False)) / len(right)
 
 
-def _of_the_users(model: Decoder, encoder: Tokenizer, name: str, conditions: Conditions) -> Substrate:
-    """Samples of a dataset of LongBench's, or needles in prose, from the user's folder."""
-    assert conditions.texts is not None
-    ends = _end_tokens(conditions.model)
+def _of_the_users(given: Substrate, name: str, generator: torch.Generator, texts: Path, quick: bool) -> Substrate:
+    """Samples of a dataset of LongBench's, or needles in prose, from the user's folder, for a model and its tokenizer."""
     if name in NEEDLES:
-        prose, digits = haystack.texts(conditions.texts), NEEDLES[name]
-        draw = Random(int(torch.randint(2**62, (), generator=conditions.generator)))
-        longest = min(model.config.max_positions - 2 * digits, len(encoder.encode(prose).ids))
+        prose, digits = haystack.texts(texts), NEEDLES[name]
+        draw = Random(int(torch.randint(2**62, (), generator=generator)))
+        longest = min(given.model.config.max_positions - 2 * digits, len(given.tokenizer.encode(prose).ids))
         needles = [
-            haystack.needle(encoder, prose, int(part * longest), depth, digits, draw)
-            for part, depth in _grid(conditions.quick)
+            haystack.needle(given.tokenizer, prose, int(part * longest), depth, digits, draw)
+            for part, depth in _grid(quick)
         ]
         samples = [Sample(s.context, s.question, s.score, (s.depth, s.length)) for s in needles]
-        return Substrate(model, encoder, samples, 2 * digits, ends)
+        return replace(given, samples=samples, answer_tokens=2 * digits)
     asked = longbench.dataset(name)
-    most = QUICK_SAMPLES if conditions.quick else None
-    samples = [Sample(*example) for example in longbench.read(conditions.texts, name, most)]
-    return Substrate(model, encoder, samples, asked.answer_tokens, ends, asked.one_line)
+    samples = [Sample(*example) for example in longbench.read(texts, name, QUICK_SAMPLES if quick else None)]
+    return replace(given, samples=samples, answer_tokens=asked.answer_tokens, one_line=asked.one_line)
 
 
 def _end_tokens(folder: Path | None) -> list[int]:

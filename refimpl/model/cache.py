@@ -14,7 +14,7 @@ Examples:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class Cache(Protocol):
             Keys and values `[batch, kv_heads, kept, head_dim]`, and their positions: `[batch or 1, kept]` or
             `[batch or 1, kv_heads, kept]`, below 0 for an entry that nobody attends to; `[batch or 1, 1 or kv_heads, time,
             kept]` where each query is to see entries of its own, as in a tree of guesses; None stands for the last `kept`
-            tokens in order, the new ones among them.
+            tokens in order, the new ones among them. Where each query head reads its own, `heads` stands for `kv_heads`.
         """
         ...
 
@@ -64,6 +64,15 @@ class Cache(Protocol):
 
     def reset(self) -> None:
         """Forget everything."""
+        ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A cache that wants to know which tokens come, and not their keys alone."""
+
+    def read(self, tokens: Tensor) -> None:
+        """The tokens `[batch, time]` that each layer will hand over next; a decoder tells them before its first layer."""
         ...
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refimpl.model.cache import Cache
+from refimpl.model.cache import Cache, Reader
 from refimpl.model.config import Config
 from refimpl.model.rope import Rotary, rotate
 from refimpl.model.step import ScoreBias, Step, positions_of
@@ -91,6 +91,8 @@ class Decoder(nn.Module):
             )
         if padding is not None and padding.shape != tokens.shape[:1]:
             raise ValueError(f"padding of shape {tuple(padding.shape)} must be [batch], [{tokens.shape[0]}]")
+        if tokens.ndim == 2 and isinstance(cache, Reader):
+            cache.read(tokens)
         x = self.embedding(tokens) if tokens.ndim == 2 else tokens
         start = 0 if cache is None else cache.length
         if positions is None:

@@ -42,10 +42,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(testbed, "subject", subject)
     monkeypatch.setattr(questions, "LENGTH", 300)
     monkeypatch.setattr(arena, "CHUNK", 60)
-    real = questions.substrate
-    monkeypatch.setattr(
-        questions, "substrate", lambda conditions: dataclasses.replace(real(conditions), answer_tokens=8)
-    )
+    real = arena.substrate
+    monkeypatch.setattr(arena, "substrate", lambda conditions: dataclasses.replace(real(conditions), answer_tokens=8))
     return model
 
 
@@ -81,7 +79,7 @@ def test_figures_are_those_announced_and_repeat(axes):
 
 def test_the_baseline_counts_its_16_bits():
     """Oracle: arithmetic: two layers of keys and values, 32 numbers of two bytes; after seven more tokens the buffer has doubled."""
-    given = questions.substrate(conditions())
+    given = arena.substrate(conditions())
     figures = arena.baseline(conditions())
     _, prompts = lengths(given)
     assert figures["prompt_bytes"] == sum(prompts) / len(prompts) * TOKEN_BYTES
@@ -94,7 +92,7 @@ def test_the_baseline_counts_its_16_bits():
 def test_answers_are_those_of_generate(tiny, prefill, question):
     """Oracle: `generate` on the whole prompt; a full cache answers alike however it was read, in float32."""
     now = conditions(prefill=prefill, question=question)
-    given = dataclasses.replace(questions.substrate(now), model=copy.deepcopy(tiny).float())
+    given = dataclasses.replace(arena.substrate(now), model=copy.deepcopy(tiny).float())
     for sample in given.samples:
         found = arena.answer(given, sample, now, lambda _: FullCache())
         prompt = torch.tensor([tokenizer().encode(sample.context + sample.question).ids])
@@ -122,7 +120,7 @@ def test_what_is_read_before_it_compresses():
     """Oracle: by hand, from the lengths of context and question."""
     for question, prefill in (("seen", "whole"), ("seen", "chunks"), ("hidden", "whole"), ("hidden", "chunks")):
         now = conditions(question=question, prefill=prefill)
-        given = questions.substrate(now)
+        given = arena.substrate(now)
         context, prompt = (sizes[0] for sizes in lengths(given))
         told, memory = [], Notes()
 
@@ -141,7 +139,7 @@ def test_what_is_read_before_it_compresses():
 
 def test_compression_is_a_budget_for_every_sample():
     """Oracle: by hand: of a prompt of n tokens ceil(n / 4) are kept, beside the room and the sinks of a cache that holds them."""
-    given = questions.substrate(conditions())
+    given = arena.substrate(conditions())
     _, prompts = lengths(given)
     budgets = []
 
@@ -157,14 +155,14 @@ def test_compression_is_a_budget_for_every_sample():
 
 def test_scores_are_the_tasks(monkeypatch):
     """Oracle: a score that is 1 for whatever this model says, and 0 for a cache that makes it say something else."""
-    given = questions.substrate(conditions())
+    given = arena.substrate(conditions())
     said = [arena.answer(given, s, conditions(), lambda _: FullCache()).text for s in given.samples]
     samples = [
         s._replace(score=lambda text, right=right: float(text == right))
         for s, right in zip(given.samples, said, strict=True)
     ]
     known = dataclasses.replace(given, samples=samples)
-    monkeypatch.setattr(questions, "substrate", lambda conditions: known)
+    monkeypatch.setattr(arena, "substrate", lambda conditions: known)
     assert arena.baseline(conditions())["score"] == 1
     assert arena.measure(StreamingLLM, {"budget": 8}, conditions())["score"] < 1
 
@@ -193,7 +191,7 @@ class Last:
 @pytest.mark.parametrize("question", ["seen", "hidden"])
 def test_a_prompt_compressor_reads_what_a_cache_of_the_same_budget_holds(question):
     """Oracle: what is read, by hand: the text's last tokens, so that with the question there are so many times fewer."""
-    given = questions.substrate(conditions(question=question))
+    given = arena.substrate(conditions(question=question))
     figures = arena.measure(Last, {"compression": 4}, conditions(question=question))
     context, prompt = lengths(given)
     read = prompt if question == "seen" else context
@@ -265,13 +263,13 @@ def test_a_mixer_answers_with_a_model_of_its_own(mamba, prefill):
     """Oracle: the stored model's `generate` for the text; for the bytes, by hand: 32 channels of 4 numbers in float32 and of 3
     inputs in bfloat16, in two layers, against what the testbed's stand-in would hold."""
     now = conditions(prefill=prefill)
-    given = questions.substrate(now)
+    given = arena.substrate(now)
     said = []
     given = dataclasses.replace(
         given, samples=[s._replace(score=lambda text: float(said.append(text) or 0)) for s in given.samples]
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(questions, "substrate", lambda conditions: given)
+        patch.setattr(arena, "substrate", lambda conditions: given)
         figures = arena.measure(Mamba, {}, now)
     state = 2 * (32 * 4 * 4 + 32 * 3 * 2)
     assert figures["prompt_bytes"] == figures["final_bytes"] == state
@@ -295,7 +293,7 @@ def test_texts_of_the_users(tmp_path):
     (tmp_path / "qasper.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line))
     assert arena.axes_of(tmp_path) == {**arena.AXES, "task": ("qasper",)}
     now = dataclasses.replace(conditions(task="qasper"), texts=tmp_path)
-    given = questions.substrate(now)
+    given = arena.substrate(now)
     said = arena.answer(given, given.samples[0], now, lambda _: FullCache()).text
     (tmp_path / "qasper.jsonl").write_text(json.dumps({**line, "answers": [said]}))
     assert arena.baseline(now)["score"] == 1

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from refimpl import testbed
-from refimpl.arena.protocol import Conditions
 from refimpl.long_context import questions
 from refimpl.testbed.tokenizer import tokenizer
 
@@ -21,7 +20,7 @@ def no_model(monkeypatch):
 
 
 def asked(task, quick=False, **rest):
-    return questions.substrate(Conditions(torch.Generator().manual_seed(0), axes={"task": task}, quick=quick, **rest))
+    return questions.substrate(task, torch.Generator().manual_seed(0), quick=quick, **rest)
 
 
 def test_needles_stand_on_a_grid_of_lengths_and_depths():

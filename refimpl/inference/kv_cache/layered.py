@@ -12,6 +12,8 @@ from torch import Tensor
 
 from refimpl.inference.kv_cache.protocol import LayerCache
 
+NOBODY = -(2**40)  # position of what not even a query of padding sees
+
 
 class Part(NamedTuple):
     """Rows with equal padding: `rows` `[n]`, or None for all."""
@@ -70,7 +72,7 @@ class LayeredCache:
         seen = self._seen.get(layer, 0)
         self._seen[layer] = seen + k.shape[2]
         if layer not in self._layers:
-            self._layers[layer] = [self._new(layer) for _ in self._parts]
+            self._layers[layer] = self._states(layer)
         first = self._place(seen)
         if self._parts == [Part(0, None)]:
             return self._layers[layer][0].update(k, v, queries, first)
@@ -95,6 +97,10 @@ class LayeredCache:
         shortest = seen - max((part.padding for part in self._parts), default=0)
         return seen - self._origin(shortest) if shortest > 0 else seen
 
+    def _states(self, layer: int) -> list[LayerCache]:
+        """A layer's empty states, one for each part."""
+        return [self._new(layer) for _ in self._parts]
+
     def _merged(
         self, found: list[tuple[Tensor, Tensor, Tensor | None]], seen: int, time: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -102,20 +108,28 @@ class LayeredCache:
         end = self._place(seen) + time
         gaps = [min(max(part.padding - seen, 0), time) for part in self._parts]
         width = max(k.shape[2] + gap for (k, _, _), gap in zip(found, gaps, strict=True))
-        per_head = any(at is not None and at.ndim == 3 for _, _, at in found)
+        heads = max(k.shape[1] for k, _, _ in found)  # of queries, where they read each its own
         plain = all(at is None for _, _, at in found)
-        k, v = (x.new_zeros(self._batch, x.shape[1], width, x.shape[3]) for x in found[0][:2])
-        positions = torch.empty(self._batch, k.shape[1] if per_head else 1, width, dtype=torch.int64, device=k.device)
+        told = max((at.ndim for _, _, at in found if at is not None), default=2)
+        apart = max((at.shape[1] for _, _, at in found if at is not None and at.ndim > 2), default=1)
+        k, v = (x.new_zeros(self._batch, heads, width, x.shape[3]) for x in found[0][:2])
+        positions = torch.full((self._batch, apart, time if told > 3 else 1, width), NOBODY, device=k.device)
         for (padding, rows), gap, (part_k, part_v, at) in zip(self._parts, gaps, found, strict=True):
             kept = part_k.shape[2]
             where = slice(None) if rows is None else rows
-            k[where, :, width - kept :], v[where, :, width - kept :] = part_k, part_v
+            k[where, :, width - kept :], v[where, :, width - kept :] = (
+                _for_heads(part_k, heads),
+                _for_heads(part_v, heads),
+            )
             last = end - padding if gap == time else 0  # the padding's own entries must be there: its queries see them
-            positions[where, :, : width - kept] = torch.arange(last - (width - kept), last, device=k.device)
-            at = torch.arange(end - padding - kept, end - padding, device=k.device) if at is None else at
-            positions[where, :, width - kept :] = at if at.ndim == 3 else at.unsqueeze(-2)
+            positions[where, :, :, : width - kept] = torch.arange(last - (width - kept), last, device=k.device)
+            at = torch.arange(end - padding - kept, end - padding, device=k.device)[None] if at is None else at
+            at = _for_heads(at[:, None, None] if at.ndim == 2 else at[:, :, None] if at.ndim == 3 else at, apart)
+            positions[where, :, gap if at.shape[2] > 1 else 0 :, width - kept :] = at
             plain &= kept == width or end - padding <= kept
-        return k, v, None if plain else positions if per_head else positions[:, 0]
+        if plain:
+            return k, v, None
+        return k, v, positions[:, 0, 0] if told == 2 else positions[:, :, 0] if told == 3 else positions
 
 
 def _parts(positions: Tensor) -> list[Part]:
@@ -128,6 +142,11 @@ def _parts(positions: Tensor) -> list[Part]:
     if list(rows) == [0]:
         return [Part(0, None)]
     return [Part(padding, torch.tensor(which, device=positions.device)) for padding, which in sorted(rows.items())]
+
+
+def _for_heads(x: Tensor, heads: int) -> Tensor:
+    """`[rows, 1 or fewer heads, ...]` for so many heads, each for its group."""
+    return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _tensors(thing: Any) -> list[Tensor]:

@@ -101,6 +101,30 @@ def test_parts_are_put_together_at_the_right(most, told, shape):
             assert padded <= set(positions[row, head].tolist())
 
 
+class ForQueries(Keeps):
+    """Returns, of each of four query heads, one entry for each new token, which it alone sees."""
+
+    def update(self, k, v, queries, start):
+        n = k.shape[2]
+        own = torch.where(torch.eye(n, dtype=torch.bool), torch.arange(start, start + n), -1)
+        return queries, queries + 0.5, own[None, None]
+
+
+def test_parts_whose_queries_have_entries_of_their_own():
+    """Oracle: by hand: 6 tokens of row r with padding 0, 2 and 6; of what a query may see only its own entry is left."""
+    cache, padding = LayeredCache(lambda _: ForQueries(99)), [0, 2, 6]
+    k, v, positions = update(cache, 0, 6, padding)
+    assert k.shape[:2] == v.shape[:2] == (3, 4)
+    assert positions.shape == (3, 1, 6, k.shape[2])
+    for row, gap in enumerate(padding):
+        for query in range(6):
+            at = positions[row, 0, query]
+            seen = (at <= query - gap) & ((at >= 0) | (at == query - gap))  # as a decoder has it
+            assert at[seen].tolist() == [query - gap]
+            if query >= gap:
+                assert k[row, :, seen, 0].flatten().tolist() == [row * 100 + query] * 4
+
+
 def test_a_row_of_padding_only():
     """Oracle: by hand; its queries stand at -5 to -3, and so do entries."""
     cache, layers = built(2)
