@@ -18,6 +18,9 @@ from tests.inference.kv_cache.decoders import decoder, draw, feed, run, shape
 
 METHODS = taxonomy.load().find(category="inference/kv_cache", implemented=True)
 TOKENS = torch.randint(0, 61, (3, 120), generator=torch.Generator().manual_seed(1))
+WHILE_READING = {"infllm"}  # compresses what it is given at once, too
+AFTER_READING = {"snapkv", "pyramidkv"}  # keeps all until the prompt is over, in chunks, too
+HOLDS_ALL = {"quest", "infllm"}  # the budget is of what is read
 BY_CALL = {"gear"}  # what a call brings is compressed as one block
 OVER_HEADS = {"gear", "kvquant"}  # a token's values of all heads are one vector
 SMALL = {"budget": 12, "residual_length": 32, "dense_layers": 0, "recovery": 0.3}
@@ -87,6 +90,36 @@ def test_a_short_text_is_kept(entry, length):
     cache.compress_prefill()
     found = torch.cat([prompt, run(model, TOKENS[:, length : length + 3], cache, 1)], dim=1)
     assert_close(found, model(TOKENS[:, : length + 3]))
+
+
+def test_the_first_answer_comes_from_the_whole_prompt(entry):
+    """Oracle: the model without a cache: a prompt that is read at once is attended to whole, so that a first token flatters whatever is
+    given up after it; the second token shows it."""
+    if entry.id in WHILE_READING:
+        pytest.skip("compresses while it reads, also what it is given at once")
+    model = decoder()
+    cache = made(entry).cache(model.config)
+    exact = model(TOKENS)
+    assert_close(model(TOKENS[:, :-1], cache), exact[:, :-1])
+    cache.compress_prefill()
+    assert (model(TOKENS[:, -1:], cache) - exact[:, -1:]).abs().max() > 0.01
+
+
+def test_a_prompt_compressed_as_it_is_read_holds_as_much_and_gives_up_more(entry):
+    """Oracle: the same prompt read at once: the same budget is kept of it in chunks, and its last logits are exact only at once."""
+    if "budget" not in {field.name for field in dataclasses.fields(entry.load())} or entry.id in HOLDS_ALL:
+        pytest.skip("has no budget of its own")
+    model, errors, held = decoder(), [], []
+    exact = model(TOKENS)[:, -1]
+    for sizes in (120, 20):
+        cache = made(entry).cache(model.config)
+        errors.append((run(model, TOKENS, cache, sizes)[:, -1] - exact).abs().max())
+        cache.compress_prefill()
+        model(TOKENS[:, :1], cache)
+        held.append(cache.nbytes)
+    assert held[0] == pytest.approx(held[1], rel=0.1)
+    assert (errors[0] < 1e-9) == (entry.id not in WHILE_READING)
+    assert (errors[1] > 0.01) == (entry.id not in AFTER_READING)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 100, [7] * 14 + [2], [64, 36]])
