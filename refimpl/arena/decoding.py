@@ -129,8 +129,12 @@ def draft_of(target: Decoder, text: Tensor, conditions: Conditions) -> Decoder:
 
 @torch.no_grad()
 def _cost(draft: nn.Module | None, target: Decoder, prompts: Tensor) -> float:
-    """Time of a draft's call over that of a target's, each over one token behind a prompt: medians of nine, in turn."""
-    models = [model for model in (draft, target) if isinstance(model, Decoder)]
+    """Time of a draft's call over that of a target's, each over one token behind a prompt: medians of nine, in turn.
+
+    A draft that is no decoder says by `as_decoder(target)` what a call of it is.
+    """
+    first = draft if isinstance(draft, Decoder) else getattr(draft, "as_decoder", lambda model: model)(target)
+    models = [first, target]
     caches, seconds = [FullCache(reserve=prompts.shape[1] + 10) for _ in models], [[0.0] * 9 for _ in models]
     for model, cache in zip(models, caches, strict=True):
         model(prompts, cache)

@@ -83,8 +83,12 @@ def grow_and_verify(
     *,
     stop: Collection[int] = (),
     padding: Tensor | None = None,
+    see_prompt: Callable[[Tensor], None] | None = None,
 ) -> Decoded:
-    """Continue prompts by up to n tokens; arguments as in `protocol.Decoding.decode`, checked before."""
+    """Continue prompts by up to n tokens; arguments as in `protocol.Decoding.decode`, checked before.
+
+    A grower that must know what the target made of the prompts is shown their hidden states, `[batch, time, d_model]`, by `see_prompt`.
+    """
     time = tokens.shape[1]
     rows, cache, calls = Rows.begin(tokens, n, stop), TreeCache(time + n + SLACK), 0
     rounds, drafted, accepted, rejected, depth = torch.zeros(5, len(tokens), dtype=torch.int64)
@@ -94,6 +98,9 @@ def grow_and_verify(
         within = guesses.tree.depths <= rows.room[:, None].to(tokens.device)
         guesses = Guesses(guesses.tree, guesses.tokens, guesses.open & within)
         hidden, calls = _read(target, rows, guesses, cache, padding), calls + 1
+        if calls == 1 and see_prompt is not None:
+            see_prompt(hidden)
+        hidden = hidden[:, -len(guesses.tree.parents) :]
         path, kept, following = rule(guesses, hidden)
         cache.keep(path, kept)
         taken = rows.append(guesses.tokens.gather(1, path[:, 1:]), kept, following)
@@ -119,7 +126,7 @@ def grow_and_verify(
 
 
 def _read(target: Decoder, rows: Rows, guesses: Guesses, cache: TreeCache, padding: Tensor | None) -> Tensor:
-    """Hidden states `[batch, nodes, d_model]`; the first time, the prompts are read in the same call."""
+    """Hidden states `[batch, nodes, d_model]`; the first time, the prompts are read in the same call, and theirs come before."""
     tree, tokens = guesses.tree, guesses.tokens
     if cache.length == 0:
         before = rows.text[:, : int(rows.lengths[0]) - 1]
@@ -135,7 +142,7 @@ def _read(target: Decoder, rows: Rows, guesses: Guesses, cache: TreeCache, paddi
         cache.tree = tree
         hidden = target.hidden(tokens, cache, positions=first[:, None] + tree.depths)
     cache.tree = guesses.tree
-    return hidden[:, -len(guesses.tree.parents) :]
+    return hidden
 
 
 def follow(guesses: Guesses, hidden: Tensor, choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:

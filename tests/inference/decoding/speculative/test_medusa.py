@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from refimpl import testbed
 from refimpl.inference.decoding.grow_and_verify import Guesses
 from refimpl.inference.decoding.speculative import medusa as module
 from refimpl.inference.decoding.speculative.medusa import Medusa, typical
@@ -123,11 +122,10 @@ def test_heads_spare_calls(tokens_a_call, claim):
     claim("medusa", "fewer-calls", tokens_a_call["tree"])
 
 
-def test_heads_spare_calls_on_text(generator, claim):
+def test_heads_spare_calls_on_text(heads_of_testbed, claim):
     """Oracle: plain decoding gives one token a call, and the same text."""
     model, prompts = unseen_text()
-    heads = Medusa().prepare(model, None, testbed.corpus.tokens("train", 20_000), generator)
-    decoded = Medusa().decode(model, prompts, 32, draft=heads)
+    decoded = Medusa().decode(model, prompts, 32, draft=heads_of_testbed)
     assert torch.equal(decoded.tokens, generate(model, prompts, 32))
     claim("medusa", "fewer-calls-on-the-testbed", decoded.tokens.numel() / int(decoded.rounds.sum()))
 

@@ -1,0 +1,227 @@
+"""Blocks over weights that come and go: tokens, bytes that pass and bytes held, against decoding, formulas, and all schedules there are."""
+
+import itertools
+
+import pytest
+import torch
+
+from refimpl import testbed
+from refimpl.inference.system_level.design.block_pass import Offloaded
+from refimpl.inference.system_level.design.flexgen_offload import task_of
+from refimpl.inference.system_level.design.offload_cost import Hardware, evaluate, footprint
+from refimpl.inference.system_level.design.offload_plan import search
+from refimpl.memory import peak_of
+from refimpl.model.config import Config
+from refimpl.model.generate import generate, pad
+from refimpl.model.model import Decoder
+from tests.inference.system_level.traces import tensors
+
+ANY = Hardware(device=0, cpu=0, disk=0)
+SHARES = [
+    (0.25, 0.5, 0.25, 0.25, 0.25, 0.5, 0.5, 0.25, 0.25),
+    (0, 0, 1, 0, 0, 1, 0, 0, 1),
+    (1, 0, 0, 1, 0, 0, 1, 0, 0),
+    (0, 1, 0, 0, 1, 0, 0, 1, 0),
+]
+
+
+def plan_of(model, time, n, batch, batches, shares):
+    return evaluate(task_of(model, time, n), ANY, batch, batches, shares)
+
+
+def trace(generator, lengths):
+    return pad([torch.randint(61, (length,), generator=generator).tolist() for length in lengths])
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_tokens_are_those_of_plain_decoding(model, generator, tmp_path, shares):
+    """Oracle: `generate`; five prompts of different lengths in batches of two, so that the last batch is of one; then a second block."""
+    offloaded = Offloaded(model, plan_of(model, 9, 7, 2, 3, shares), tmp_path)
+    for lengths in ((9, 4, 1, 6, 2), (3, 5)):
+        tokens, padding = trace(generator, lengths)
+        found = torch.stack(list(offloaded.run(tokens, padding, 7)), dim=1)
+        assert torch.equal(found, generate(model, tokens, 7, padding=padding))
+        assert offloaded.caches == [] and offloaded.nbytes[2] == sum(home.nbytes[2] for home in offloaded.homes)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_bytes_that_pass_are_those_of_the_schedule(plain, generator, tmp_path, shares):
+    """Oracle: closed form. A pass loads each layer once for all batches; it reads the whole cache and writes what is new; a hidden state
+    comes and goes between two layers. With l layers, n passes, b sequences of s tokens, W, E and H numbers of a layer, entry and state:
+    l n W of weights; l b E (s (n - 1) + (n - 1)(n - 2) / 2) of caches come, l b E (s + n - 1) go; (l - 1) b H (s + n - 1) of states each.
+    """
+    layers, s, n, b = 2, 5, 4, 4
+    tokens, padding = trace(generator, (5, 5, 2, 4))
+    offloaded = Offloaded(plain, plan_of(plain, s, n, 2, 2, shares), tmp_path)
+    list(offloaded.run(tokens, padding, n))
+    weights = layers * n * offloaded.homes[0].elements * 4
+    entry, state = 2 * 2 * 8 * 4, 32 * 4
+    come, go = layers * b * entry * (s * (n - 1) + (n - 1) * (n - 2) // 2), layers * b * entry * (s + n - 1)
+    moved = (layers - 1) * b * state * (s + n - 1)
+    for kind, into, out, (_, cpu, disk) in (
+        ("weights", weights, 0, shares[:3]), ("cache", come, go, shares[3:6]), ("activations", moved, moved, shares[6:]),
+    ):  # fmt: skip
+        found = offloaded.traffic[kind]
+        for link, expected in (
+            ("cpu_to_device", into * (cpu + disk)), ("disk_to_cpu", into * disk), ("device_to_cpu", out * (cpu + disk)),
+            ("cpu_to_disk", out * disk),
+        ):  # fmt: skip
+            assert found[link] == pytest.approx(expected, rel=1e-3)  # a layer's numbers are no multiple of four
+            assert (found[link] == 0) == (expected == 0)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_no_more_is_held_than_planned(plain, generator, tmp_path, shares):
+    """Oracle: the storages of all tensors that can be reached, summed up here, the files, and the plan's bytes; in every pass."""
+    tokens, padding = trace(generator, (9, 4, 1, 6, 2))
+    plan = plan_of(plain, 9, 7, 2, 3, shares)
+    offloaded = Offloaded(plain, plan, tmp_path)
+    resident = sum(p.nbytes for name, p in plain.named_parameters() if not name.startswith("layers."))
+    for _ in offloaded.run(tokens, padding, 7):
+        device, cpu, disk = offloaded.nbytes
+        held = {
+            key: value
+            for name, value in vars(offloaded).items()
+            if name != "model"
+            for key, value in tensors(value).items()
+        }
+        mapped = sum(spread.nbytes[2] for spread in (*offloaded.hidden, *itertools.chain(*offloaded.caches)))
+        assert sum(held.values()) == device + cpu + mapped
+        headers = 8 * 1024  # of safetensors, at most
+        assert disk <= sum(file.stat().st_size for file in tmp_path.iterdir()) <= disk + headers
+        assert device + resident <= plan.bytes[0] and cpu <= plan.bytes[1] and disk <= plan.bytes[2]
+    work = footprint(task_of(plain, 9, 7), 2, 6, offloaded.streamed)[:, 9]
+    assert cpu > plan.bytes[1] - work[1] - 2 * 4 * 6_000 and (cpu > 0) == (shares[1] + shares[4] + shares[7] > 0)
+
+
+def test_who_stops_early_leaves_nothing(plain, generator, tmp_path):
+    """Oracle: files and bytes as before the block."""
+    offloaded = Offloaded(plain, plan_of(plain, 5, 9, 2, 1, SHARES[0]), tmp_path)
+    before = offloaded.nbytes, sorted(tmp_path.iterdir())
+    tokens, padding = trace(generator, (5, 3))
+    running = offloaded.run(tokens, padding, 9)
+    next(running)
+    assert offloaded.nbytes > before[0] and len(list(tmp_path.iterdir())) > len(before[1])
+    running.close()
+    assert (offloaded.nbytes, sorted(tmp_path.iterdir())) == before
+
+
+def test_a_file_that_vanishes_is_told(plain, generator, tmp_path):
+    offloaded = Offloaded(plain, plan_of(plain, 5, 4, 2, 1, SHARES[0]), tmp_path)
+    tokens, padding = trace(generator, (5, 3))
+    (tmp_path / "layer-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"layer-1\.safetensors: weights were put there and are gone"):
+        list(offloaded.run(tokens, padding, 4))
+    assert offloaded.caches == []
+
+
+# Memory and traffic
+
+
+def test_a_model_on_disk_takes_the_memory_of_two_layers(generator, tmp_path):
+    """Oracle: what the process has in memory; twelve layers of 4 MB each, put on disk one by one, of a decoder that never was in memory whole.
+
+    Control: the same layers in memory take all of their bytes.
+    """
+    config = Config(vocabulary=61, d_model=256, n_layers=12, n_heads=4, n_kv_heads=4, head_dim=64, d_ff=1024)
+    with torch.device("meta"):
+        model = Decoder(config)
+    for part in (model.embedding, model.norm, model.lm_head):
+        part.to_empty(device="cpu")
+        torch.nn.init.normal_(part.weight, generator=generator)
+
+    def weights(layer):
+        shapes = {name: p.shape for name, p in model.layers[layer].named_parameters()}
+        return {name: torch.empty(shape).uniform_(-0.05, 0.05, generator=generator) for name, shape in shapes.items()}
+
+    plan = plan_of(model, 4, 2, 2, 1, (0, 0, 1, 1, 0, 0, 1, 0, 0))
+    layer = task_of(model, 4, 2).weights
+    offloaded = Offloaded(model, plan, tmp_path, weights)
+    tokens, padding = trace(generator, (4, 4))
+    with peak_of(torch.device("cpu")) as peak:
+        for _ in offloaded.run(tokens, padding, 2):
+            pass
+    with peak_of(torch.device("cpu")) as whole:
+        held = [home.load(torch.empty(home.elements)) for home in offloaded.homes]
+    assert len(held) == 12 and 4e6 < layer < 5e6
+    assert peak.bytes < 5 * layer < 9 * layer < whole.bytes
+
+
+def test_a_block_spares_traffic(generator, tmp_path, claim):
+    """Oracle: bytes are counted; batch after batch, in the same memories, at that case's own best plan."""
+    model = testbed.subject().model
+    text = testbed.subject().text("held-out", 2_000)
+    prompts = text[torch.arange(16)[:, None] * 100 + torch.arange(32)]
+    task = task_of(model, 32, 5)
+    rows = footprint(task, 4, 4, streamed=True)
+    hardware = Hardware(device=rows[0, 9] + 0.3 * rows[0, 0], cpu=0.5 * rows[1, 1] + rows[1, 4], disk=1e9)
+    came, found = [], []
+    for most in (16, 4):
+        plan = search(task, hardware, most)
+        assert (plan.batch, plan.batches) == (4, most // 4)
+        (tmp_path / str(most)).mkdir()
+        offloaded = Offloaded(model, plan, tmp_path / str(most))
+        blocks = [
+            torch.stack([*offloaded.run(block, torch.zeros(len(block)), 5)], dim=1) for block in prompts.split(most)
+        ]
+        found.append(torch.cat(blocks))
+        came.append(sum(offloaded.traffic[kind]["cpu_to_device"] for kind in offloaded.traffic))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], generate(model, prompts, 5))
+    claim("flexgen-offload", "blocks-spare-traffic", came[1] / came[0])
+
+
+def test_a_model_is_larger_than_the_device(tmp_path, claim):
+    """Oracle: bytes of weights, caches and states, over those held on the device in any pass, embedding and output layer included."""
+    model = testbed.subject().model
+    plan = plan_of(model, 32, 8, 4, 4, SHARES[1])
+    prompts = testbed.subject().text("held-out", 2_000)[torch.arange(16)[:, None] * 100 + torch.arange(32)]
+    offloaded = Offloaded(model, plan, tmp_path)
+    resident = task_of(model, 32, 8).resident
+    most = max(offloaded.nbytes[0] + resident for _ in offloaded.run(prompts, torch.zeros(16), 8))
+    whole = float(footprint(task_of(model, 32, 8), 4, 16, streamed=True)[0, [0, 3, 6]].sum()) + resident
+    claim("flexgen-offload", "larger-than-the-device", whole / most)
+
+
+# Schedules
+
+
+def fewest_loads(layers, n, s, sequences, memory):
+    """Loads of a layer in the best of all schedules, by a search over all states.
+
+    Weights stay for one step; caches must be in the memory of so many entries from a sequence's first token to its last. A state is how
+    far each sequence has come, in layers of passes; a step loads a layer, and takes any of those that wait for it one layer on.
+    """
+
+    def held(done):
+        passes, more = divmod(done, layers)
+        return more * s if passes == 0 else layers * (s + passes - 1) + more
+
+    end = layers * n
+    seen, border, loads = {(0,) * sequences}, {(0,) * sequences}, 0
+    while (end,) * sequences not in seen:
+        loads, following = loads + 1, set()
+        for state, layer in itertools.product(border, range(layers)):
+            waiting = {done for done in state if done < end and done % layers == layer}
+            counts = {done: state.count(done) for done in state}
+            for taken in itertools.product(*(range(counts[done] + 1) for done in waiting)):
+                moved = list(state)
+                for done, count in zip(waiting, taken, strict=True):
+                    for _ in range(count):
+                        moved[moved.index(done)] = done + 1
+                before = sum(held(done) for done in state if done < end)
+                if before + sum(c * (held(d + 1) - held(d)) for d, c in zip(waiting, taken, strict=True)) <= memory:
+                    following.add(tuple(sorted(moved)))
+        border = following - seen
+        seen |= border
+    return loads
+
+
+def test_the_block_schedule_loads_at_most_twice_as_often_as_the_best(claim):
+    """Oracle: brute force over all schedules of small grids. Control: batch after batch, of one, is further off."""
+    ratios, control = [], []
+    for layers, n, s, block, sequences in ((2, 3, 1, 2, 10), (2, 4, 1, 2, 8), (3, 3, 1, 2, 6), (2, 2, 1, 2, 8)):
+        best = fewest_loads(layers, n, s, sequences, memory=block * layers * (s + n - 1))
+        ratios.append(sequences // block * n * layers / best)
+        control.append(sequences * n * layers / best)
+    assert min(ratios) >= 1 and max(ratios) > 1.2 and max(control) > 2
+    claim("flexgen-offload", "within-twice-the-best", max(ratios))

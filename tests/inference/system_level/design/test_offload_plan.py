@@ -1,0 +1,120 @@
+"""The plan against all others on a grid, and against fixed rules."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from refimpl.inference.system_level.design.offload_cost import Hardware, Task, evaluate, footprint, streams
+from refimpl.inference.system_level.design.offload_plan import search, solve
+from refimpl.inference.system_level.design.simplex import Infeasible
+from tests.inference.system_level.design.opt import OPT_30B, OPT_175B, T4
+
+
+def small(memory=1.0):
+    """A task, and memories that hold a part of it on the device and in CPU memory."""
+    task = Task(
+        layers=6, weights=4_000, entry=64, feature=64, parameters=1_000, attended=16, heads=2, inner=100, itemsize=4, resident=500,
+        prompt=6, new=5,
+    )  # fmt: skip
+    speeds = {"cpu_to_device": 4e4, "device_to_cpu": 3e4, "disk_to_cpu": 1e4, "cpu_to_disk": 8e3}
+    return task, Hardware(
+        device=24_000 * memory, cpu=20_000 * memory, disk=1e6, **speeds, prefill_flops=1e7, decode_flops=1e6
+    )
+
+
+def test_no_point_of_a_grid_is_better():
+    """Oracle: brute force over 3,375 plans in steps of a quarter, of which those that fit; the plan fits, its shares sum to 1."""
+    task, hardware = small()
+    quarters = [p for p in itertools.product(np.arange(5) / 4, repeat=3) if sum(p) == 1]
+    grid = np.array([[*w, *c, *h, 1.0] for w, c, h in itertools.product(quarters, repeat=3)])
+    limits = np.array([hardware.device, hardware.cpu, hardware.disk])
+    compared = 0
+    for batch, batches in ((4, 1), (4, 2), (2, 8)):
+        plan = solve(task, hardware, batch, batches)
+        assert (np.array(plan.bytes) <= limits * (1 + 1e-9)).all()
+        for shares in (plan.weights, plan.cache, plan.activations):
+            assert sum(shares) == pytest.approx(1.0) and min(shares) >= 0
+        first, later = ((streams(task, hardware, batch * batches, one) @ grid.T).max(axis=0) for one in (True, False))
+        seconds = task.layers * (first + (task.new - 1) * later)
+        held = footprint(task, batch, batch * batches, streamed=True) @ grid.T
+        fits = (held <= limits[:, None]).all(axis=0)
+        assert plan.seconds <= seconds[fits].min() * (1 + 1e-5)  # the least traffic weighs a millionth
+        assert plan.seconds > seconds.min()  # control: without the limits something is better
+        compared += int(fits.sum())
+    assert compared > 100
+
+
+def test_more_memory_is_never_slower_and_too_little_is_refused():
+    """Oracle: the set of plans grows with the memories."""
+    task, _ = small()
+    seconds = [solve(task, small(memory)[1], 4, 2).seconds for memory in (1.0, 1.2, 1.5, 3.0, 10.0)]
+    assert seconds == sorted(seconds, reverse=True) and seconds[0] > 1.5 * seconds[-1]
+    everything = solve(task, small(10.0)[1], 4, 2)
+    for shares in (everything.weights, everything.cache, everything.activations):
+        assert shares == pytest.approx((1.0, 0.0, 0.0))  # no traffic, though computing takes longer than some
+    with pytest.raises(
+        Infeasible, match=r"no shares of 2 batches of 4 sequences fit into 240 bytes.*buffers alone take \d+"
+    ):
+        solve(task, small(0.01)[1], 4, 2)
+    with pytest.raises(Infeasible, match="no shares of 1 batches of 2"):
+        search(task, small(0.01)[1], 8)
+
+
+def test_the_search_finds_the_best_of_all_sizes():
+    """Oracle: every size there is, one by one; batches of four or more, unless so many do not fit."""
+    task, hardware = small()
+    best = search(task, hardware, 8)
+    rates = []
+    for batch, batches in itertools.product((4, 8), (1, 2)):
+        if (batch, batches) == (8, 1):
+            with pytest.raises(Infeasible):
+                solve(task, hardware, batch, batches)
+        elif batch * batches <= 8:
+            plan = solve(task, hardware, batch, batches)
+            rates.append(plan.block / plan.seconds)
+    assert best.block / best.seconds == pytest.approx(max(rates)) and best.batch >= 4
+    assert search(task, replace(hardware, device=11_800.0), 8).batch < 4
+
+
+def test_buffers_may_have_room_beside():
+    """Oracle: shares times bytes: memories hold what is spread and no more, though buffers alone are larger."""
+    task, hardware = small()
+    spread = footprint(task, 4, 8, streamed=True)[0, [0, 3, 6]]
+    tight = replace(hardware, device=0.2 * spread.sum(), cpu=0.3 * spread.sum())
+    plan = solve(task, tight, 4, 2, beside=True)
+    held = [float(spread @ [plan.weights[i], plan.cache[i], plan.activations[i]]) for i in range(3)]
+    assert held == pytest.approx([tight.device, tight.cpu, 0.5 * spread.sum()])
+    assert plan.bytes[0] > tight.device
+    with pytest.raises(Infeasible):
+        solve(task, tight, 4, 2)
+
+
+def by_rule(task, hardware, on_device):
+    """The best that a fixed rule gives, in tokens a second: caches and activations on the device, batch after batch, batches as large as fit.
+
+    Args:
+        on_device: whether as many weights as fit are on the device; what is not there is in CPU memory, and on disk where that is full.
+    """
+    rates = []
+    for batch in range(1, 200):
+        rows = footprint(task, batch, batch, streamed=True)
+        room = hardware.device - rows[0, 3] - rows[0, 6] - rows[0, 9]
+        if room < 0:
+            break
+        device = min(1.0, room / rows[0, 0]) if on_device else 0.0
+        cpu = min(1.0 - device, max(0.0, (hardware.cpu - rows[1, 9] - task.weights) / rows[1, 1]))
+        plan = evaluate(task, hardware, batch, 1, (device, cpu, 1 - device - cpu, 1, 0, 0, 1, 0, 0))
+        assert plan.bytes[0] <= hardware.device * (1 + 1e-9) and plan.bytes[1] <= hardware.cpu * (1 + 1e-9)
+        rates.append(plan.block * task.new / plan.seconds)
+    return max(rates)
+
+
+def test_plans_beat_fixed_rules(claim):
+    """Oracle: two rules of other systems, at their best batch, under the same model: no weights on the device, or as many as fit."""
+    ratios = []
+    for task in (OPT_30B, OPT_175B):
+        plan = search(task, T4, 512)
+        ratios.append(plan.block * task.new / plan.seconds / max(by_rule(task, T4, on) for on in (False, True)))
+    claim("flexgen-offload", "plans-beat-rules", min(ratios))
