@@ -17,6 +17,7 @@ from rich.tree import Tree
 from taxonomy import Category, Facets, Framework, Method, Paper, Taxonomy
 
 PLACES = (("on", "model"), ("of", "texts"))  # what may take the place of an arena's own
+SHORT = 4  # items of a setting that a table shows
 RUNS, READS = "[green]●[/]", "[dim]○[/]"
 
 
@@ -305,8 +306,10 @@ def settings_text(row: dict[str, Any]) -> str:
 
 
 def setting_text(value: Any) -> str:
-    """A setting's value; the items of a list stand side by side."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """A setting's value; the items of a list stand side by side, of a long one the first."""
+    if not isinstance(value, list):
+        return str(value)
+    return " ".join(map(str, value[:SHORT])) + " …" * (len(value) > SHORT)
 
 
 def mean_text(rows: Sequence[dict[str, Any]], metric: str) -> str:

@@ -55,6 +55,7 @@ def test_rows_that_differ_in_the_seed_alone_stand_together():
 def test_settings_in_words():
     """Oracle: by hand."""
     assert views.settings_text(row("a", 0, group_size=32, target=["*q", "*v"])) == "group size 32, target *q *v"
+    assert views.settings_text(row("a", 0, marks=[1, 12, 14, 26, 27])) == "marks 1 12 14 26 …"
 
 
 def test_figures_leave_out_rivals_that_were_not_asked_for_and_name_failures():
