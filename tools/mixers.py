@@ -1,4 +1,10 @@
-"""Train a mixer's language model on the testbed's rows: `python -m tools.mixers mamba`. It resumes where it was stopped.
+"""Train a mixer's language model on the testbed's rows: it resumes where it was stopped. Those that are here were made by
+
+    python -m tools.mixers mamba
+    python -m tools.mixers rwkv --d-model 160 --no-tied
+    python -m tools.mixers griffin --d-model 192 --settings '{"window": 256}'
+
+each about as large as the testbed's own model; the window is as much of a text as RecurrentGemma's is of LongBench's.
 
 The same rows in the same order, the same optimizers and rates as the testbed's own model had (`refimpl.testbed.train`), from
 random weights. The weights are put beside the mixer's module, where `refimpl.architecture.alternatives.trained` finds them.
@@ -50,6 +56,8 @@ def main(
     method: Annotated[str, typer.Argument(help="Id of a mixer.")],
     d_model: Annotated[int, typer.Option(help="Width.")] = 256,
     n_layers: Annotated[int, typer.Option(help="Layers.")] = 6,
+    tied: Annotated[bool, typer.Option(help="The output layer is the embedding.")] = True,
+    settings: Annotated[str, typer.Option(help="The mixer's settings, as JSON.")] = "{}",
     folder: Annotated[
         Path | None, typer.Option(help="State and log of the run; build/mixers/METHOD if left out.")
     ] = None,
@@ -63,12 +71,13 @@ def main(
     if compiled:
         compile_scan()
     generator = torch.Generator().manual_seed(train.SEED)
-    shape = LanguageModelConfig(vocabulary=VOCABULARY, d_model=d_model, n_layers=n_layers)
-    model = implementation().language_model(shape, generator)
+    shape = LanguageModelConfig(vocabulary=VOCABULARY, d_model=d_model, n_layers=n_layers, tied_embeddings=tied)
+    mixer = implementation(**json.loads(settings))
+    model = mixer.language_model(shape, generator)
     run = train.Run(folder or Path("build/mixers") / method, model)
     typer.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {run.step}")
     train.finish(run, every)
-    trained.save(run.model, implementation(), trained.weights_file(implementation), log=json.dumps(run.log))
+    trained.save(run.model, mixer, trained.weights_file(implementation), log=json.dumps(run.log))
 
 
 if __name__ == "__main__":

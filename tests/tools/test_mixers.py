@@ -34,12 +34,15 @@ def test_a_run_trains_and_leaves_what_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "STAGES", (train.Stage(2, (256,)),))
     monkeypatch.setattr(train, "teacher_forced", lambda model, name, rows, length: 0.0)
     monkeypatch.setattr(trained, "weights_file", lambda method: tmp_path / f"{method.__name__}.safetensors")
-    mixers.main("mamba", d_model=8, n_layers=1, folder=tmp_path / "run", every=1, compiled=False)
+    mixers.main(
+        "mamba", d_model=8, n_layers=1, settings='{"d_state": 3}', folder=tmp_path / "run", every=1, compiled=False
+    )
     model = trained.load(Mamba)
     with safe_open(tmp_path / "Mamba.safetensors", "pt") as file:
         assert [row["step"] for row in json.loads(file.metadata()["log"])] == [1, 2]
     with safe_open(tmp_path / "run" / "state.safetensors", "pt") as file:
         kept = file.get_tensor("model/embedding.weight")
     assert torch.equal(model.embedding.weight, kept.bfloat16())
-    first = Mamba().language_model(model.config, torch.Generator().manual_seed(train.SEED))
+    assert model.blocks[0].mixer.config == Mamba(d_state=3)
+    first = Mamba(d_state=3).language_model(model.config, torch.Generator().manual_seed(train.SEED))
     assert not torch.equal(model.embedding.weight, first.embedding.weight.bfloat16())

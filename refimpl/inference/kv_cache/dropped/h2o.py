@@ -5,7 +5,8 @@ even split; official code FMInference/H2O@ac75c2a8a9e76832b2a4139b9363373b56336b
 (`H2OKVCache_LayerWise`): every call adds its queries' attention to the sums, new tokens included, and cuts the cache to heavy
 hitters and recent tokens after that. A token's sum stays with it when others go. Positions are those of the text.
 
-Differs from the paper: half of an odd budget is rounded down for the heavy hitters. A key head that several query heads share
+Differs from the paper: Algorithm 1 prints the attention of the current step as the score, and no recent part; here as in its text
+and code the steps add up (Section 4.1, Figure 3), and recent tokens are safe. Half of an odd budget is rounded down for the heavy hitters. A key head that several query heads share
 adds up their attention; paper and code have a key head for each query head. Sums are of a row, where the official code adds up
 its batch (of one). The budget is a number of tokens and not a share of the prompt.
 

@@ -2,7 +2,8 @@ r"""PyramidKV: SnapKV's choice, of more tokens in lower layers and fewer in uppe
 
 Source: `pyramidkv` (arXiv 2406.02069), Section 4.2, Eq. (1); official code
 Zefan-Cai/KVCache-Factory@c97f9d706d63d1b56e980f8b81b2a924c21162b3, pyramidkv/pyramidkv_utils.py (`PyramidKVCluster`, and
-`init_pyramidkv` for the defaults; the paper's experiments have a window of 8 and, in run_longbench.py, pool by maximum over 7).
+`init_pyramidkv` for the defaults; the paper's experiments have the same beta and a window of 8, and pool by maximum over 7 in
+run_longbench.py).
 The window comes on top of each layer's share. Where the bottom layer's would be more than the prompt has, it is that, and the top
 layer gets the difference; where the prompt has less than twice what is kept on average, all layers get the same.
 

@@ -1,11 +1,14 @@
 r"""Scissorhands: those go, many at a time, that were least often pivotal of late: had more than their even share of the attention.
 
 Source: `scissorhands` (arXiv 2305.17118), Algorithms 1 and 2, Section 4.1 for w = 400, r = 10, m = B / 2 and for the record that is
-kept while tokens come instead of attention being computed anew. No official code is public.
+kept while tokens come instead of attention being computed anew. The first author's code,
+lzcemma/Scissorhands@d0bf444b7f78127b2052fe8edfd4d386efd33455, Decentralized_FM_alpha/modules/hf_opt_dropkv.py, has no cache: it masks
+a whole text with another rule (what no query of the window gives more than 90 % of its entries get), and marks scores above it.
 
-Differs from the paper: Algorithm 2 as printed sets the counts of all but the recent tokens to 0 before it drops the lowest, which
-would drop the very tokens that its comment and the text keep; here the recent ones are kept. (Another comment has low scores
-marked, where the formula counts scores above 1/t; for tokens that have seen the whole history the two are the same order.) Its t is both the
+Differs from the paper: the preprint's Algorithm 2 counts scores above 1/t and drops the lowest counts, the conference's counts those
+below and drops the highest. The two are one order where a query from before a token counts as one that gives it nothing, as
+causal attention computed anew has it, and so it is here; a count of low scores that starts with the token would spare the young
+ones. As printed, both clear the counts of all but the recent tokens; here the recent ones are kept, as comment and text say. Its t is both the
 step and the length of the record; once tokens are dropped these are not the same, and the even share here is 1 over the entries
 that a query sees. Of equal counts, which the paper leaves open, the older goes. A key head that several query heads share counts
 by their mean attention; the paper's OPT has a key head for each.

@@ -1,16 +1,18 @@
 r"""TOVA: at each step the token goes that the newest query attends to least, on the mean of all heads.
 
-Source: `tova` (arXiv 2401.06104), the policy of that name; official code
+Source: `tova` (arXiv 2401.06104), Section 4 with Eq. (9), Appendix A for the mean over heads; official code
 schwartz-lab-NLP/TOVA@9c7d09bfff64cfc92cfb5f9d7e138cb04866e5a7, src/tova_cache.py (`reduce`) and src/convert_models/llama_custom.py:
 after every call the weights of its last query are averaged over all query heads, whatever key heads they share, and the layer
 keeps the tokens with the largest, those of the call among them. Positions are those of the text.
 
-Differs from the paper: none. Where several tokens have the same weight to the last digit, which of them goes is left open.
+Differs from the paper: none, but that its perplexities are of prompts from which a token goes at each position, by masks, where the
+official code cuts a prompt once. Where several tokens have the same weight to the last digit, which of them goes is left open.
 
 Prompts read in chunks: a chunk sees what was left of those before it and itself, and its last query cuts the cache, so that memory
 is bounded by budget and chunk; a prompt read at once is seen whole, and its last query alone decides.
 
-Not here: the paper's other policies (window, window with first tokens, H2O), which have their own modules.
+Not here: a choice for each head, which the paper finds worse; positions squeezed together for texts beyond the trained length
+(Section 7.2); the paper's other policies (window, window with first tokens, H2O), which have their own modules.
 """
 
 from dataclasses import dataclass

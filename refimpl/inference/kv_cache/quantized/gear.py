@@ -151,7 +151,7 @@ class _Blocks:
         self.outliers.append(vectors.gather(-1, places), places, vectors.shape[-1], half)
         if self.start.shape[1]:
             rounded = self.vectors.write(torch.empty_like(vectors), before)
-            error = self._whole((vectors - rounded).scatter_(-1, places, 0))
+            error = self._whole((vectors - rounded))
             for held, factor in zip((self.left, self.right), low_rank(error, self.start), strict=True):
                 held.append(factor.to(half))
 

@@ -54,18 +54,19 @@ def test_equals_the_policy_with_masks(budget, share, recent, sizes):
     assert (expected - model(TOKENS)).abs().max() > 0.1  # negative control
 
 
-@pytest.mark.parametrize("changes", [{"n_kv_heads": 1}, {"n_kv_heads": 4}, {"sliding_window": (5, None)}])
+@pytest.mark.parametrize("changes", [{"n_kv_heads": 1}, {"n_kv_heads": 4}, {"sliding_window": (9, None)}])
 def test_other_heads_and_windows(changes):
-    """Oracle: as above; one key head for all, one for each, and a window narrower than the recent tokens."""
+    """Oracle: as above; one key head for all, one for each, and a window that shows some of the heavy hitters."""
     model, sizes = decoder(**changes), [30] + [1] * 30
     expected = masked(model, TOKENS, sizes, policy(12, 6))
     assert_close(run(model, TOKENS, H2O(budget=12).cache(model.config), sizes), expected)
 
 
-def test_sums_by_hand():
-    """Oracle: by hand: of even attention, token j has 1/(j+1) + ... + 1/n; 0 and 1 stay, and take their sums along."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_by_hand(dtype):
+    """Oracle: by hand: of even attention, token j has 1/(j+1) + ... + 1/n, in float32; 0 and 1 stay, and take their sums along."""
     config = shape(n_heads=2, n_kv_heads=1, head_dim=2)
-    cache, x = H2O(budget=4).cache(config), torch.zeros(1, 1, 6, 2)
+    cache, x = H2O(budget=4).cache(config), torch.zeros(1, 1, 6, 2, dtype=dtype)
     cache.update(0, x, x, x.expand(1, 2, 6, 2), torch.arange(6)[None])
     held = cache._layers[0][0].held
     assert held.positions.tolist() == [[[0, 1, 4, 5]]]

@@ -103,9 +103,17 @@ def test_the_history_ends():
     assert fed(Scissorhands(**method, history=3), likes) == [1, 6]
 
 
+def test_an_even_share_is_not_pivotal():
+    """Oracle: by hand: queries of 0 attend evenly, and mark no token, not even the first, which has all of its own query."""
+    cache, x = Scissorhands(budget=8).cache(shape(n_heads=1, n_kv_heads=1, head_dim=4)), torch.zeros(1, 1, 8, 4)
+    cache.update(0, x, x, x, torch.arange(8)[None])
+    assert not cache._layers[0][0].held.notes.any()
+
+
 def test_all_of_the_budget_may_go():
     """Oracle: by hand: m = B leaves one of B + 1."""
     assert fed(Scissorhands(budget=6, recent=1, drop_share=1.0), [[0]] * 7) == [6]
+    assert Scissorhands(budget=100, drop_share=0.29).drop == 29  # 0.29 * 100 is a little less
 
 
 def test_a_long_prompt_fills_the_budget_and_a_token_more_halves_it():

@@ -113,6 +113,7 @@ def test_afterwards_nothing_goes():
     model(TOKENS[:, :40], cache)
     held = lambda: cache._layers[1][0].held  # noqa: E731
     before = cache.nbytes
+    assert before == 2 * 2 * (2 * 40 * (2 * 32 * 8 + 4) + 4 * 4 * 32 * 8)  # of the queries the window's alone
     cache.compress_prefill()
     assert cache.nbytes < before / 3
     assert cache.nbytes == 2 * 2 * 2 * 12 * (2 * 32 * 8 + 4)
