@@ -1,4 +1,6 @@
-"""Train a mixer's language model on the testbed's rows: it resumes where it was stopped. Those that are here were made by
+"""Train a mixer's language model on the testbed's rows; it resumes where it was stopped.
+
+Those that are here were made by
 
     python -m tools.mixers mamba
     python -m tools.mixers rwkv --d-model 160 --no-tied
