@@ -7,9 +7,10 @@ GenerationBench/GenerationTest/GEARLM/Simulated/compress_function.py (`gearslkiv
 blocks are compressed.
 
 Differs from the paper: where an outlier is taken out, the mean of its vector stands before quantization, as in the code (a 0 would stretch
-the range). Of each end of a vector of n numbers $\lfloor ns/2 \rfloor$ are outliers, at least one; the code counts so for values, but
-takes as many of a key channel, whatever its length, which is nearly all of a block of 64. The code draws the start of
-the power iteration anew for each block; here it is fixed by a seed, so that a row does not depend on others. Where groups do not divide a
+the range). Of each end of a vector of n numbers $\lfloor ns/2 \rfloor$ are outliers, and at least one unless s is 0; the code counts
+so for values, where it may find none, and takes as many of a key channel, whatever its length, which is all of a block of 64 in
+Llama-2. There are $2^b$ levels; the code has $b^2$, which is the same at 2 and 4 bits. The code draws the start of the
+power iteration anew for each block; here it is fixed by a seed, so that a row does not depend on others. Where groups do not divide a
 vector, its last is shorter. Prompts read in chunks: the first chunk that fills the buffer is the prompt, and later ones
 are compressed like generated tokens.
 
@@ -151,7 +152,7 @@ class _Blocks:
         self.outliers.append(vectors.gather(-1, places), places, vectors.shape[-1], half)
         if self.start.shape[1]:
             rounded = self.vectors.write(torch.empty_like(vectors), before)
-            error = self._whole((vectors - rounded))
+            error = self._whole((vectors - rounded).scatter_(-1, places, 0))
             for held, factor in zip((self.left, self.right), low_rank(error, self.start), strict=True):
                 held.append(factor.to(half))
 
