@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from refimpl import testbed
 from refimpl.inference.kv_cache.dropped.h2o import H2O
 from refimpl.model.cache import FullCache
+from tests.inference.kv_cache.answers import right
 from tests.inference.kv_cache.decoders import decoder, run, shape
 from tests.inference.kv_cache.dropped.attention_maps import attention_of
 from tests.inference.kv_cache.dropped.lookup import lookup_decoder, question, share_right, text
@@ -159,6 +160,12 @@ def test_claim_five_times_less_memory(claim):
     cache = H2O(budget=200).cache(config)
     cache.update(0, x, x, x, torch.arange(1000)[None])
     claim("h2o", "five-times-less-memory", 2 * x.nbytes / cache.nbytes)
+
+
+def test_claim_prefill_left_whole(claim):
+    """Answers of the testbed's model: the prompt read at once, and in chunks, after each of which tokens go."""
+    whole, chunks = (right(lambda config, n: H2O(budget=n // 4).cache(config), chunk) for chunk in (None, 64))
+    claim("h2o", "prefill-left-whole", whole - chunks)
 
 
 def test_claim_attention_is_sparse(claim):

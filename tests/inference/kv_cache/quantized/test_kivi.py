@@ -6,6 +6,8 @@ from torch.testing import assert_close
 
 from refimpl.inference.kv_cache.quantized.groups import dequantize, quantize
 from refimpl.inference.kv_cache.quantized.kivi import KIVI
+from refimpl.model.cache import FullCache
+from tests.inference.kv_cache.answers import right
 from tests.inference.kv_cache.decoders import decoder, draw, feed, run, shape
 from tests.inference.kv_cache.quantized.rebuilt import plain
 
@@ -165,6 +167,12 @@ def test_claim_compression(claim, name, bits):
 
 def test_claim_four_bits_save_three_quarters(claim):
     claim("kivi", "four-bits-save-three-quarters", 1 - 1 / ratio(4, 10_000))
+
+
+def test_claim_four_bits_cost_little(claim):
+    """Answers of the testbed's model with the prompt's keys and values in 4 bits, against all of it in 16."""
+    exact, ours = right(lambda config, _: FullCache()), right(lambda config, _: KIVI(bits=4).cache(config))
+    claim("kivi", "four-bits-cost-little", 1 - ours / exact)
 
 
 def test_claim_exact_window(claim, generator):
