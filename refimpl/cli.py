@@ -621,6 +621,10 @@ def _check_texts(texts: Path) -> Path:
         raise Refused(
             f"--texts {str(texts)!r} is no folder; give one with LongBench's files (qasper.jsonl, …) or prose (*.txt)"
         )
+    from refimpl.long_context.longbench import in_chinese
+
+    if left := in_chinese(texts):
+        err.print(f"not asked, since text in Chinese is not scored here: {', '.join(path.name for path in left)}")
     return texts.resolve()
 
 

@@ -104,7 +104,7 @@ def _map(name: str, over: str, rows: Rows, axes: Sequence[str]) -> dict[str, Any
     buttons = [{"label": label, "update": {key: [trace[key]] for key in names}} for label, trace in drawn.items()]
     return {
         "title": name,
-        "x": f"{second}, {first}",
+        "x": f"{second} at {first}",
         "y": "",
         "data": [next(iter(drawn.values()))],
         "buttons": buttons if len(buttons) > 1 else [],
@@ -123,7 +123,7 @@ def _heat(rows: Rows, name: str) -> dict[str, Any]:
         values.append([statistics.fmean(found[column]) if column in found else None for column in columns])
     return {
         "type": "heatmap",
-        "x": [f"{y:g}, {x:g}" for y, x in columns],
+        "x": [f"{y:g} at {x:g}" for y, x in columns],  # a comma between them, and Plotly would read one number
         "y": list(groups),
         "z": values,
         "zmin": 0,
@@ -211,8 +211,9 @@ PAGE = """<!doctype html>
 {BODY}
 <script>
 for (const element of document.querySelectorAll(".plot")) {
-  const { data, x, y, buttons } = JSON.parse(element.dataset.figure);
-  const layout = { xaxis: { title: { text: x } }, yaxis: { title: { text: y } }, showlegend: true };
+  const { data, x, y, buttons, height } = JSON.parse(element.dataset.figure);
+  const layout = { xaxis: { title: { text: x } }, yaxis: { title: { text: y }, automargin: true }, showlegend: true };
+  if (height) layout.yaxis.autorange = "reversed";  // the first method at the top
   if (buttons.length) layout.updatemenus = [{ x: 0, xanchor: "left", y: 1.12, yanchor: "bottom",
     buttons: buttons.map(({ label, update }) => ({ label, method: "restyle", args: [update] })) }];
   Plotly.newPlot(element, data, layout, { responsive: true, displaylogo: false });

@@ -7,8 +7,10 @@ cache take turns with these, in the same process.
 A step reads the cache. Where reading is all that takes time, it takes bytes over bandwidth: `floor_seconds`, by the bandwidth
 measured in the same process. Unpacking takes time, too, and here it is several operations of PyTorch, each of which writes to memory what
 a fused kernel would keep in registers. `price` says what it comes to: the time that a step takes longer than with the uncompressed
-cache, for each GB that it does not read. It pays where a GB takes longer than that to read or to be moved: `read_seconds`
+cache, for each GB that it holds, and so reads, less. It pays where a GB takes longer than that to read or to be moved: `read_seconds`
 is what it takes in this machine's memory; over a link to another memory or from a disk it takes more. Below 0 it pays anywhere.
+A cache that holds no less, and reads a part of it at each step, is faster or slower by `slowdown` alone: its price is 0, and the floor
+above what it reads.
 """
 
 import statistics
@@ -40,7 +42,9 @@ METRICS = (
     Metric("seconds_per_token", "seconds", "lower", exact=False),
     Metric("slowdown", "times as long as with the uncompressed cache", "lower", exact=False),
     Metric("floor_seconds", "seconds to read what is held once", "lower", exact=False),
-    Metric("price", "seconds a token takes longer for each GB it does not read", "lower", exact=False),
+    Metric(
+        "price", "seconds a token takes longer for each GB held less; 0 where no less is held", "lower", exact=False
+    ),
     Metric("read_seconds", "seconds to read a GB of this machine's memory", "neither", exact=False),
 )
 BASELINE = "full cache"
@@ -115,7 +119,7 @@ def _figures(cache: Cache, conditions: Conditions) -> dict[str, float]:
         "seconds_per_token": mine,
         "slowdown": mine / theirs,
         "floor_seconds": cache.nbytes * read / 1e9,
-        "price": (mine - theirs) / (abs(plain.nbytes - cache.nbytes) / 1e9) if cache.nbytes < plain.nbytes else 0.0,
+        "price": (mine - theirs) / ((plain.nbytes - cache.nbytes) / 1e9) if cache.nbytes < plain.nbytes else 0.0,
         "read_seconds": read,
     }
 

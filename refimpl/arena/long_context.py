@@ -3,7 +3,8 @@ r"""What is given up when the cache is compressed: tasks over a long text, by a 
 The substrate is the testbed's model in bfloat16, or a checkpoint of the user's, and samples of the testbed's tasks: a text of
 `LENGTH` tokens with what is asked for somewhere in it; the needle on a grid of lengths and depths, once with 7 words to be
 found and once with 64 (`needle_64`). In the place of these tasks it takes texts of the user's: LongBench's JSON lines with
-LongBench's own scores, and prose in which pass keys of 7 and 64 digits are hidden.
+LongBench's own scores, and prose in which pass keys of 7 and 64 digits are hidden. What is longer than the model reads loses its
+middle, for all methods alike.
 
 A prompt is read, the method is told that it is over (`compress_prefill`), and the answer is decoded greedily up to the end of its
 line, sample by sample. Two things that benchmarks fix in silence are axes here. `question`: whether the cache may see it while it
@@ -45,8 +46,8 @@ CHUNK, LEAST = 128, 8
 WINDOWS, QUICK_WINDOWS, WINDOW = 16, 4, 256  # of training text, for methods that are calibrated
 
 ABOUT = (
-    f"The testbed's model in bfloat16 answers questions on texts of up to {LENGTH} tokens from a compressed cache: the task's own "
-    "score, bytes held after the prompt and at the end, and time to read and to decode."
+    f"A model in bfloat16 answers questions on long texts (the testbed's on up to {LENGTH} tokens, unless others are given) from a "
+    "compressed cache: the task's own score, bytes held after the prompt and at the end, and time to read and to decode."
 )
 VERSION = 2
 METRICS = (
@@ -127,8 +128,8 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
         def shorten(sample: Sample, context: list[int], question: int) -> list[int]:
             special = len(given.tokenizer.encode("").ids)
             budget = max(1, tokens_to_keep(len(context) - special + question, times, LEAST) - question)
-            said = sample.question if question else ""
-            kept: list[int] = compressor.compress([sample.context], [budget], [said])[0].ids.tolist()
+            asked = sample.question if question else ""
+            kept: list[int] = compressor.compress([sample.context], [budget], [asked])[0].ids.tolist()
             return [*context[:special], *kept]
 
         return figures(given, conditions, lambda _: _full(given), shorten)
@@ -202,6 +203,7 @@ def answer(
     context, question = questions.fitting(given, sample)
     seen = axes["question"] == "seen"
     whole = len(context) + len(question) * seen
+    sample = questions.said(given, sample, context)
     start = clock(device)
     if shorten is not None:
         context = shorten(sample, context, len(question) * seen)
@@ -215,18 +217,23 @@ def answer(
     following = int(answering.logits(hidden[0, -1]).argmax())
     began = clock(device)
     said = [following]
-    while len(said) < given.answer_tokens and not _over(given, said[-1]):
+    while len(said) < given.answer_tokens and not _over(given, said):
         hidden = _read(answering, said[-1:], memory, 1)
         said.append(int(answering.logits(hidden[0, -1]).argmax()))
     seconds = clock(device) - began
     spoken = said[:-1] if said[-1] in given.ends else said
-    text = given.tokenizer.decode(spoken)
+    text = _text(given, spoken)
     text = text.split("\n")[0] if given.one_line else text
     return Answer(text, whole, prompt_bytes, memory.nbytes, began - start, seconds, len(said) - 1)
 
 
-def _over(given: Substrate, token: int) -> bool:
-    return token in given.ends or (given.one_line and "\n" in given.tokenizer.decode([token]))
+def _over(given: Substrate, said: list[int]) -> bool:
+    return said[-1] in given.ends or (given.one_line and "\n" in _text(given, said))
+
+
+def _text(given: Substrate, said: list[int]) -> str:
+    text = given.tokenizer.decode(said)
+    return text.lstrip("\n") if given.blank_lines else text
 
 
 def _read(model: Decoder | LanguageModel, tokens: Sequence[int], cache: Any, chunk: int) -> Tensor:

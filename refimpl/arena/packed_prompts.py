@@ -23,7 +23,7 @@ from refimpl.model.model import Decoder, initialize_
 from refimpl.model.train import train
 
 MOVES, NOISE, LENGTH = 4, 4, 26
-FIRST_STEPS, STEPS, QUICK_STEPS, BATCH, FIRST_RATE, RATE = 100, 500, 250, 32, 8e-3, 4e-3
+FIRST_STEPS, STEPS, QUICK_STEPS, BATCH, FIRST_RATE, RATE = 70, 500, 120, 32, 8e-3, 6e-3
 ASKED = 200
 
 ABOUT = (
@@ -103,7 +103,7 @@ def _first(conditions: Conditions) -> Decoder:
     """The decoder that has learnt to read whole prompts."""
     takes_no_model(conditions)
     config = Config(vocabulary=2 * MOVES + NOISE, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=8, d_ff=64)
-    model = initialize_(Decoder(config), conditions.generator, std=0.1).to(conditions.device)
+    model = initialize_(Decoder(config), conditions.generator, std=0.3).to(conditions.device)
     _learn(
         model, whole_loss, map(_stacked, _drawn_batches(FIRST_STEPS, conditions)), conditions, FIRST_STEPS, FIRST_RATE
     )
@@ -131,7 +131,7 @@ def _learn(
     rate: float = RATE,
 ) -> None:
     """Train in place; the rate rises over a tenth of the steps and falls to a tenth of it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     train(
         model,
         optimizer,

@@ -94,11 +94,11 @@ def axes_of(arena: Arena, texts: str | None = None) -> dict[str, tuple[Any, ...]
 
 
 def points(arena: Arena, quick: bool = False, texts: str | None = None) -> list[dict[str, Any]]:
-    """All points of an arena's axes; a single empty one where it has none."""
+    """All points of an arena's axes; a single empty one where it has none. What texts of the user's give stays whole in the quick form."""
     axes = axes_of(arena, texts)
     kept = {
-        name: tuple(value for value in values if value in arena.QUICK[name]) or values
-        if quick and name in arena.QUICK
+        name: tuple(value for value in values if value in arena.QUICK[name])
+        if quick and name in arena.QUICK and values == arena.AXES[name]
         else values
         for name, values in axes.items()
     }

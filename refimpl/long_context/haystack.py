@@ -3,8 +3,10 @@ r"""A pass key somewhere in long prose: the needle in texts of the user's own.
 Source: `kv-compression-bench` (arXiv 2407.01527), the passkey task: keys of 7 or 64 digits, lengths and depths on a grid; official code
 henryzhongsc/longctx_bench@72204d09514f4c26aead889de3c892845ff007ee, `eval/passkey_utils/`.
 
-Differs from the paper: the sentences around the key are ours; lengths are parts of what the model can read, in its tokens,
-where the paper has 512 to 20,480 words; a key is right in part by the share of digits in their places.
+Differs from the paper: the sentences around the key are ours, tell it once, and nothing before the text says that there will be one;
+lengths are parts of what the model can read, in its tokens, where the paper has 512 to 20,480 words. A short key is right if the first
+digits that are said are it, where there it may stand anywhere in what is said. A long one is right in part by the share of digits in
+their places, where there it is the longest run of its digits that is said.
 
 Not here: several keys in one text.
 """
@@ -50,7 +52,7 @@ def needle(tokenizer: Tokenizer, text: str, length: int, depth: float, digits: i
     Args:
         tokenizer: the model's.
         text: the prose.
-        length: tokens of the prompt; a few less where the tokenizer joins what is put together.
+        length: tokens of the prompt at most, with the special ones; a few less where the tokenizer joins what is put together.
         depth: where the key stands, 0 the beginning, 1 the end.
         digits: of the key.
         draw: source of the key.
@@ -67,14 +69,22 @@ def needle(tokenizer: Tokenizer, text: str, length: int, depth: float, digits: i
     key = "".join(draw.choices("0123456789", k=digits))
     told = TOLD.format(key=key)
     encode = partial(tokenizer.encode, add_special_tokens=False)
-    room = length - len(encode(told).ids) - len(encode(QUESTION).ids)
-    if room < 0:
-        raise ValueError(f"length={length} tokens is too short: key and question take {length - room}")
-    offsets = encode(text).offsets[:room]
-    end = offsets[-1][1] if offsets else 0
-    at = offsets[min(round(depth * len(offsets)), len(offsets) - 1)][0] if depth < 1 and offsets else end
-    score = exact if digits <= 7 else in_place
-    return Needle(f"{text[:at]}{told}{text[at:end]}", QUESTION, partial(score, key), depth, length)
+    question = len(encode(QUESTION).ids)
+    room = length - len(tokenizer.encode(told).ids) - question
+    offsets = encode(text).offsets
+    while room >= 0:
+        kept = offsets[:room]
+        end = kept[-1][1] if kept else 0
+        at = kept[min(round(depth * len(kept)), len(kept) - 1)][0] if depth < 1 and kept else end
+        context = f"{text[:at]}{told}{text[at:end]}"
+        over = len(tokenizer.encode(context).ids) + question - length  # where words are cut, there may be more tokens
+        if over <= 0:
+            return Needle(context, QUESTION, partial(exact if digits <= 7 else in_place, key), depth, length)
+        room = len(kept) - over
+    raise ValueError(
+        f"length={length} tokens is too short for a key of {digits} digits and its question, which take {length - room}: give more "
+        "prose, or a model that reads more"
+    )
 
 
 def exact(key: str, prediction: str) -> float:

@@ -5,9 +5,10 @@ Source: `longbench` (arXiv 2308.14508), Table 1; official code THUDM/LongBench@2
 
 Differs from the paper: the sentences around context and question are those of `dataset2prompt.json`, which its authors publish
 beside the code, where that file stands in the folder too; else context and input alone, which scores lower. No chat template is
-put around them.
+put around them, and what stands after the context is tokenized apart from it. A summary of SAMSum's that begins with a line break goes on
+behind it, where the code forbids the model to begin with one.
 
-Not here: the datasets in Chinese.
+Not here: the datasets in Chinese; figures of LongBench-E by length.
 
     FOLDER/qasper.jsonl, hotpotqa.jsonl, …     or qasper_e.jsonl, of LongBench-E
     FOLDER/dataset2prompt.json                 optional
@@ -63,12 +64,15 @@ DATASETS = {
 }
 
 
+CHINESE = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")
+
+
 class Line(msgspec.Struct, rename={"question": "input", "classes": "all_classes"}):
     """A line of a file, but for what is not used here."""
 
     context: str
     question: str
-    answers: list[str]
+    answers: list[str | int]
     classes: list[str] | None = None
 
 
@@ -81,18 +85,23 @@ class Example(NamedTuple):
 
 
 def names(folder: Path) -> tuple[str, ...]:
-    """The datasets that a folder has, in the paper's order.
+    """The datasets that a folder has, in the paper's order, without those in Chinese.
 
     Raises:
         ValueError: a file of JSON lines is none of LongBench's datasets.
     """
-    found = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+    found = {path.stem: path for path in sorted(folder.glob("*.jsonl")) if path.stem not in CHINESE}
     if strange := [name for name in found if name.removesuffix("_e") not in DATASETS]:
         raise ValueError(
             f"{found[strange[0]]}: no dataset that is scored here; there are {', '.join(DATASETS)}, each also with _e at its end"
         )
     order = list(DATASETS)
     return tuple(sorted(found, key=lambda name: (order.index(name.removesuffix("_e")), name)))
+
+
+def in_chinese(folder: Path) -> list[Path]:
+    """The files of LongBench's that are not scored here."""
+    return [path for path in sorted(folder.glob("*.jsonl")) if path.stem in CHINESE]
 
 
 def dataset(name: str) -> Dataset:
@@ -112,7 +121,7 @@ def read(folder: Path, name: str, most: int | None = None) -> list[Example]:
         raise FileNotFoundError(f"{path}: no such file; it holds LongBench's {name}, one JSON object a line")
     template = _template(folder, name.removesuffix("_e"))
     found: list[Example] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, text in enumerate(lines, 1):
             if most is not None and len(found) == most:
                 break
@@ -141,7 +150,8 @@ def _template(folder: Path, name: str) -> str:
 
 def _example(line: Line, template: str, asked: Dataset) -> Example:
     before, after = (part.replace("{input}", line.question) for part in template.split("{context}", 1))
-    return Example(before + line.context, after, partial(best_score, asked, line.answers, line.classes or []))
+    answers = [str(answer) for answer in line.answers]
+    return Example(before + line.context, after, partial(best_score, asked, answers, line.classes or []))
 
 
 def best_score(asked: Dataset, answers: list[str], classes: list[str], prediction: str) -> float:

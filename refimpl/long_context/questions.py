@@ -42,6 +42,7 @@ class Substrate:
         answer_tokens: of the longest answer.
         ends: tokens that end an answer.
         one_line: whether a line break does, too.
+        blank_lines: whether line breaks before anything else do not.
     """
 
     model: Decoder
@@ -50,6 +51,7 @@ class Substrate:
     answer_tokens: int
     ends: Collection[int] = ()
     one_line: bool = True
+    blank_lines: bool = False
 
     @property
     def token_bytes(self) -> int:
@@ -139,16 +141,19 @@ def _of_the_users(given: Substrate, name: str, generator: torch.Generator, texts
     if name in NEEDLES:
         prose, digits = haystack.texts(texts), NEEDLES[name]
         draw = Random(int(torch.randint(2**62, (), generator=generator)))
-        longest = min(given.model.config.max_positions - 2 * digits, len(given.tokenizer.encode(prose).ids))
+        ends = [end for _, end in given.tokenizer.encode(prose, add_special_tokens=False).offsets]
+        longest = min(given.model.config.max_positions - 2 * digits, len(ends))
         needles = [
-            haystack.needle(given.tokenizer, prose, int(part * longest), depth, digits, draw)
+            haystack.needle(given.tokenizer, prose[: ends[longest - 1]], int(part * longest), depth, digits, draw)
             for part, depth in _grid(quick)
         ]
         samples = [Sample(s.context, s.question, s.score, (s.depth, s.length)) for s in needles]
         return replace(given, samples=samples, answer_tokens=2 * digits)
     asked = longbench.dataset(name)
     samples = [Sample(*example) for example in longbench.read(texts, name, QUICK_SAMPLES if quick else None)]
-    return replace(given, samples=samples, answer_tokens=asked.answer_tokens, one_line=asked.one_line)
+    return replace(
+        given, samples=samples, answer_tokens=asked.answer_tokens, one_line=asked.one_line, blank_lines=asked.one_line
+    )
 
 
 def _end_tokens(folder: Path | None) -> list[int]:
@@ -162,11 +167,27 @@ def _end_tokens(folder: Path | None) -> list[int]:
 
 
 def fitting(given: Substrate, sample: Sample) -> tuple[list[int], list[int]]:
-    """Tokens of context and question; where with the answer they are more than the model reads, the middle is left out, as LongBench does."""
+    """Tokens of context and question; where with the answer they are more than the model reads, the middle is left out, as LongBench does.
+
+    Raises:
+        ValueError: the model reads no more than the answer takes.
+    """
     context = given.tokenizer.encode(sample.context).ids
     question = given.tokenizer.encode(sample.question, add_special_tokens=False).ids
-    room = given.model.config.max_positions - given.answer_tokens
-    if len(context) + len(question) > room:
-        end = max(room - room // 2 - len(question), 0)
-        context = context[: room - len(question) - end] + context[len(context) - end :]
+    most = given.model.config.max_positions
+    room = most - given.answer_tokens
+    if room < 2:
+        raise ValueError(
+            f"an answer may have {given.answer_tokens} tokens, and the model reads {most}: take another model"
+        )
+    start, end = room // 2, len(context) + len(question) - (room - room // 2)
+    if end > start:
+        question = question[: max(start - len(context), 0)] + question[max(end - len(context), 0) :]
+        context = context[:start] + context[end:]
     return context, question
+
+
+def said(given: Substrate, sample: Sample, context: list[int]) -> Sample:
+    """A sample with what is left of its context, for those who read text: no method sees more than the others."""
+    whole = len(given.tokenizer.encode(sample.context).ids) == len(context)
+    return sample if whole else sample._replace(context=given.tokenizer.decode(context))

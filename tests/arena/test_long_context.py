@@ -287,6 +287,35 @@ def test_a_mixer_has_no_place_in_a_model_of_the_users(mamba, tiny, tmp_path):
         arena.measure(Mamba, {}, dataclasses.replace(conditions(), model=tmp_path))
 
 
+@pytest.mark.parametrize(("blank_lines", "expected"), [(True, " b"), (False, "")])
+def test_longbenchs_answers_of_a_line_may_begin_with_line_breaks(blank_lines, expected):
+    """Oracle: by hand, from a model that says two line breaks, b, a line break and more."""
+    now, lines = conditions(), tokenizer().encode("\n b\n c").ids
+    spoken = iter([lines[0], *lines])
+    given = dataclasses.replace(arena.substrate(now), blank_lines=blank_lines)
+    logits = lambda hidden: torch.nn.functional.one_hot(torch.tensor(next(spoken)), VOCABULARY)  # noqa: E731
+    given.model.logits = logits
+    assert arena.answer(given, given.samples[0], now, lambda _: FullCache()).text == expected
+
+
+def test_a_prompt_compressor_sees_no_more_than_caches_do(tiny, monkeypatch):
+    """Oracle: the middle of a text that is too long is left out, for whoever reads it."""
+    told = []
+
+    class Spy(Last):
+        def compress(self, texts, budgets, asked):
+            told.extend(texts)
+            return super().compress(texts, budgets, asked)
+
+    given = arena.substrate(conditions())
+    given.model.config = dataclasses.replace(given.model.config, max_positions=100)
+    monkeypatch.setattr(arena, "substrate", lambda conditions: given)
+    assert arena.measure(Spy, {"compression": 4}, conditions())["compression"] == pytest.approx(4, abs=0.2)
+    for text, sample in zip(told, given.samples, strict=True):
+        context, question = questions.fitting(given, sample)
+        assert text == tokenizer().decode(context) and len(context) + len(question) == 92
+
+
 def test_texts_of_the_users(tmp_path):
     """Oracle: by hand: the folder's tasks, and an answer that is scored against the file's."""
     line = {"input": "Where?", "context": "Rome. " * 50, "answers": ["1 2"], "all_classes": None}

@@ -85,6 +85,28 @@ def test_files_that_are_not_longbenchs(tmp_path, content, prompts, message):
 def test_missing_and_unknown_datasets(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lcc\.jsonl: no such file"):
         longbench.read(tmp_path, "lcc")
-    write(tmp_path, "dureader", line())
-    with pytest.raises(ValueError, match=r"dureader\.jsonl: no dataset that is scored here; there are narrativeqa"):
+    write(tmp_path, "other", line())
+    with pytest.raises(ValueError, match=r"other\.jsonl: no dataset that is scored here; there are narrativeqa"):
         longbench.names(tmp_path)
+
+
+def test_the_whole_published_folder_may_stand_there_chinese_is_left_out(tmp_path):
+    """Oracle: the official list of the benchmark's 21 datasets, of which five are in Chinese."""
+    for name in (*longbench.DATASETS, *longbench.CHINESE):
+        write(tmp_path, name, line())
+    assert longbench.names(tmp_path) == tuple(longbench.DATASETS)
+    assert len(list(tmp_path.iterdir())) == 21
+    assert {path.stem for path in longbench.in_chinese(tmp_path)} == {
+        "multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh",
+    }  # fmt: skip
+
+
+def test_bytes_that_are_no_text_are_told_with_their_line(tmp_path):
+    (tmp_path / "qasper.jsonl").write_bytes(json.dumps(line()).encode() + b'\n{"input": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"qasper\.jsonl:2: no line of LongBench's"):
+        longbench.read(tmp_path, "qasper")
+
+
+def test_a_right_answer_may_be_a_number(tmp_path):
+    write(tmp_path, "passage_count", line(answers=[7]))
+    assert longbench.read(tmp_path, "passage_count")[0].score("It is 7") == 1

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from refimpl import testbed
 from refimpl.long_context import questions
@@ -72,6 +74,23 @@ def test_a_folder_of_the_users(tmp_path):
     assert [s.at for s in needles[::5]] == [(0, n) for n in (224, 448, 672, 896)]
 
 
+def test_needles_are_read_whole_by_a_tokenizer_that_begins_texts_with_a_token_of_its_own(tmp_path, monkeypatch):
+    """Oracle: the model's length: prompt and answer fit, with the key in the middle as anywhere, and nothing is left out."""
+    given = Tokenizer.from_str(tokenizer().to_str())
+    given.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", given.encode("!").ids[0])])
+    model = SimpleNamespace(config=SimpleNamespace(max_positions=1024))
+    monkeypatch.setattr(testbed, "subject", lambda path, device, dtype: testbed.Subject(model, given))
+    (tmp_path / "essay.txt").write_text("Long, quiet texts of unpronounceable Przemyśl. " * 400)
+    found = asked("needle_64", texts=tmp_path)
+    lengths = []
+    for sample in found.samples:
+        context, question = questions.fitting(found, sample)
+        assert context == given.encode(sample.context).ids
+        lengths.append(len(context) + len(question))
+        assert sample.at[1] - 5 <= lengths[-1] <= sample.at[1]
+    assert max(lengths) > 1024 - 128 - 5
+
+
 def test_answers_end_where_the_checkpoint_says(tmp_path):
     """Oracle: by hand: both files of a checkpoint may say it, one token or several."""
     (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
@@ -91,8 +110,26 @@ def test_the_middle_of_a_prompt_that_is_too_long_is_left_out():
     room = 30 - len(question)
     assert asking == question
     assert found == context[:15] + context[len(context) - (room - 15) :] and len(found) == room < len(context)
+    assert questions.said(given, sample, found).context == tokenizer().decode(found)
     given.model.config.max_positions = 999
     assert questions.fitting(given, sample) == (context, question)
+    assert questions.said(given, sample, context) == sample
+
+
+@pytest.mark.parametrize(("before", "after"), [(20, 2), (11, 11), (3, 19), (0, 22)])
+def test_what_is_left_out_may_be_of_the_question(before, after):
+    """Oracle: by hand: the first 4 and the last 5 of 22 tokens and more, wherever the question begins among them."""
+    given = replace(asked("needle"), answer_tokens=20)
+    given.model.config.max_positions = 29
+    sample = questions.Sample(" x" * before, " 7" * after, lambda text: 0.0)
+    whole = [tokenizer().encode(text).ids for text in sample[:2]]
+    context, question = questions.fitting(given, sample)
+    joined = whole[0] + whole[1]
+    assert context + question == joined[:4] + joined[-5:]
+    assert len(context) == min(4, len(whole[0])) + max(0, 5 - len(whole[1]))
+    given.model.config.max_positions = 21
+    with pytest.raises(ValueError, match="an answer may have 20 tokens, and the model reads 21"):
+        questions.fitting(given, sample)
 
 
 def test_words_in_place():

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from refimpl.architecture.alternatives.language_model import LanguageModel, LanguageModelConfig
+from refimpl.model.tensor_files import opened
 
 
 class Trainable(Protocol):
@@ -69,12 +69,15 @@ def load(method: type[Trainable], path: str | Path | None = None, dtype: torch.d
         raise FileNotFoundError(
             f"{path}: no such file; no trained model comes with {method.__name__} (`python -m tools.mixers` trains one)"
         )
-    with safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         told: dict[str, Any] = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     if not {"shape", "settings"} <= told.keys():
         raise ValueError(f"{path}: holds no language model of mixers; `save` writes one with its shape and settings")
     with torch.device("meta"):
-        settings = method(**json.loads(told["settings"]))
+        try:
+            settings = method(**json.loads(told["settings"]))
+        except TypeError as error:
+            raise ValueError(f"{path}: holds no model of {method.__name__}, but one with {told['settings']}") from error
         model = settings.language_model(LanguageModelConfig(**json.loads(told["shape"])))
     return model.assign(tensors, dtype, source=path)

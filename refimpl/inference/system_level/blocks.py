@@ -3,8 +3,8 @@ r"""Who owns which block of a memory that is divided into blocks of equal size: 
 Token t of a sequence lies in block `table[t // size]` at offset `t % size`. A block may stand in several tables; its count says in how
 many. Who writes into a block that others hold, too, gets a copy of his own first.
 
-Source: `paged-attention` (arXiv 2309.06180), Sections 4.2 to 4.4; official code vllm-project/vllm@00a456f, vllm/core/block_manager_v1.py
-(`UncachedBlockAllocator`, `append_slots`, `fork`).
+Source: `paged-attention` (arXiv 2309.06180), Sections 4.2 to 4.4; official code
+vllm-project/vllm@00a456f1656e0fa60f0b212ed9b824fe9e688a8b, vllm/core/block_manager_v1.py (`UncachedBlockAllocator`, `append_slots`, `fork`).
 
 Differs from the paper: none.
 

@@ -41,3 +41,18 @@ def test_what_is_no_trained_model(content, tmp_path):
         save_file(content, path)
         with pytest.raises(ValueError, match="holds no language model of mixers"):
             load(Mamba, path)
+
+
+def test_a_file_that_is_cut_off_or_another_methods_is_told(tmp_path, generator):
+    path, shape = tmp_path / "weights.safetensors", LanguageModelConfig(vocabulary=61, d_model=12, n_layers=1)
+    save(Mamba(d_state=5).language_model(shape, generator), Mamba(d_state=5), path)
+
+    class Other:
+        def __init__(self, heads=2):
+            self.heads = heads
+
+    with pytest.raises(ValueError, match=r'weights\.safetensors: holds no model of Other, but one with .*"d_state": 5'):
+        load(Other, path)
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(ValueError, match=r"weights\.safetensors: is no safetensors file, or is cut off"):
+        load(Mamba, path)

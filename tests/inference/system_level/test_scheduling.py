@@ -64,6 +64,15 @@ def test_the_latest_gives_up_its_memory_and_is_computed_again(plain):
     assert served.tokens == [alone(plain, request) for request in requests]
 
 
+def test_who_was_preempted_is_not_overtaken(plain):
+    """Oracle: by hand: as before, and a third of one token waits for a slot. Three entries are free while the second, which came before
+    it, waits for five; both join when the first is done.
+    """
+    requests = [Request(prompt=(5,), n=7), Request(prompt=(8,), n=7), Request(prompt=(9,), n=1)]
+    served = iterate(plain, requests, 2, Counted(8))
+    assert served.preemptions == 1 and served.admitted == [0, 0, 7] and served.ended == [6, 9, 7]
+
+
 def test_one_that_finds_no_room_itself_waits(plain):
     """Oracle: by hand: the latest can take from nobody but itself."""
     store = Counted(3)

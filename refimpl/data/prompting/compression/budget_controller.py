@@ -4,8 +4,8 @@ Source: `llmlingua` (arXiv 2310.05736), Section 4.1: Algorithm 1, Eqs. (2) and (
 
 Differs from the paper: the budget is met. Eqs. (3) and (6) together leave far less than it, since the demonstrations that stay would be
 cut by the rate of all of them; here they get what instruction and question leave, as in the official code. What Eq. (3) adds is never
-below 0, though the last demonstration may overfill its room; where even all tokens of the demonstrations that stay leave some of the
-budget, instruction and question get that too.
+below 0, though the last demonstration may overfill its room, as in Algorithm 1 and the code; the paper's text stops before it. Where even
+all tokens of the demonstrations that stay leave some of the budget, instruction and question get that too.
 
 Not here: sentences in the place of demonstrations; the code's other ways to rank and order demonstrations.
 

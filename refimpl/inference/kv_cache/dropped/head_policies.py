@@ -6,7 +6,7 @@ Source: `fastgen` (arXiv 2310.01801), Sections 3.3 and 3.4, Eq. (1) and (2). Hal
 attention and that over what is kept is the share of its weight that falls on what is dropped, whatever they are. So a policy
 recovers the mean, over the prompt's queries, of the weight on what it keeps.
 
-Differs from the paper: it leaves open whether a query's own token counts. Here it is always seen, as it is when it is computed in
+Differs from the paper: it leaves open the norm of Eq. (1), here as in the reproduction, and whether a query's own token counts. Here it is always seen, as it is when it is computed in
 decoding. It has a key head for each query head; where several share one, a policy must recover enough for each of them.
 
 Not here: other policies, which the paper allows for.

@@ -9,8 +9,9 @@ what is held: at most half the share of outliers at either end of a token's keys
 Differs from the paper: the decoder hands over rotated keys; they are turned back by the inverse of the very rotation that turned them,
 which costs a rounding of the model's dtype. k-means starts at quantiles and at equal distances, and repeats exactly; the official code
 draws its start. The first tokens of a calibration text count neither for levels nor, as they do there, for ranges. Q-Norm is applied at 2
-bits only. A token's outliers are rounded up to one at either end, and held as differences to what the codes give, in 16 bits. A channel
-that never moved in calibration keeps its value (0/0 there). Without calibration, which the paper does not know, the levels are
+bits only. Of n numbers $\lceil n s / 2 \rceil$ at either end may be outliers (one more there, where 2 divides ns), held as differences to
+what the codes give, in 16 bits; channels' ranges are held in float32 (16 bits there). A channel that never moved in calibration keeps its
+value (0/0 there). Without calibration, which the paper does not know, the levels are
 NormalFloat's and the channels' ranges are those of the text's own first tokens, which are held as they are until then.
 
 Not here: kernels that look levels up and rotate inside the product. Keys and values are expanded, and keys rotated, for as long as a layer

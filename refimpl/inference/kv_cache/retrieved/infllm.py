@@ -9,7 +9,8 @@ while they were in the window; a chunk's worth of a block is the sum of its quer
 
 Differs from the paper: what a key has received is the sum of softmax weights, as in the code, where the paper has the mean of
 products. Every token is seen once: the code shows a chunk's earlier queries those tokens twice that leave the window within the
-chunk. The distance is the paper's $l_L$; the code's is $l_L - 1$. The sizes are cut to small budgets, see `sizes`.
+chunk. The distance is the paper's $l_L$; the code's is $l_L - 1$. Section 4.2 reads 96 blocks with Mistral and 32 with Llama-3, where the
+file has 16. The sizes are cut to small budgets, see `sizes`.
 
 How bytes are counted: `nbytes` is all that is held, wherever; `host_bytes` is what of it lies in the host's memory, the blocks, and
 what the device holds is the rest. Nothing is freed, it moves; on a machine without an accelerator it moves within one memory.
@@ -19,7 +20,8 @@ How it fits the family's protocol: a distant key would have to stand at another 
 here, and what `update` returns for a query is what it has found, as one value for each query head that it alone attends to. For
 calls of many tokens that takes a mask of time by time: read long prompts in chunks (`prefill_chunk`).
 
-Not here: look-up for several chunks at once (`chunk_topk_calc`), an index on the CPU (faiss), `Decoder.score_bias`.
+Not here: blocks of each query head's own (the code's `perhead`), look-up for several chunks at once (`chunk_topk_calc`), an index on
+the CPU (faiss), `Decoder.score_bias`.
 """
 
 from collections.abc import Iterable
@@ -60,7 +62,6 @@ class InfLLM:
         blocks: that are read for a chunk; 0 looks nothing up.
         representatives: keys of a block whose mean stands for it.
         chunk: queries that share a look-up.
-        per_head: each query head has blocks and a choice of its own, with the keys it shares repeated, as the code's `perhead`.
 
     Examples:
         >>> InfLLM().sizes
@@ -78,7 +79,6 @@ class InfLLM:
     blocks: int = 16
     representatives: int = 4
     chunk: int = 512
-    per_head: bool = False
 
     def __post_init__(self) -> None:
         least = {"budget": 1, "initial": 0, "block_size": 1, "blocks": 0, "representatives": 1, "chunk": 1}
@@ -134,7 +134,7 @@ class _Layer:
     """
 
     def __init__(self, method: InfLLM, rotation: Rotation, window: int | None) -> None:
-        self.sizes, self.representatives, self.per_head = method.sizes, method.representatives, method.per_head
+        self.sizes, self.representatives = method.sizes, method.representatives
         self.rotation, self.window = rotation, window
         self.keys, self.values, self.received = MovingWindow(), MovingWindow(), MovingWindow()
         self.first_keys, self.first_values = Tokens(), Tokens()
@@ -142,16 +142,12 @@ class _Layer:
 
     def update(self, k: Tensor, v: Tensor, queries: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """What each query finds, for it alone."""
-        rows, heads, time, _ = queries.shape
-        if self.per_head:
-            k, v = (x.repeat_interleave(heads // x.shape[1], dim=1).flatten(0, 1).unsqueeze(1) for x in (k, v))
-            queries = queries.flatten(0, 1).unsqueeze(1)
-        found = []
+        time, found = queries.shape[2], []
         for first in range(0, time, self.sizes.chunk):
             part = slice(first, first + self.sizes.chunk)
             found.append(self._attend(queries[:, :, part], k[:, :, part], v[:, :, part], start + first))
             self._leave(start + min(time, part.stop))
-        value = torch.cat(found, dim=2).view(rows, heads, time, -1)
+        value = torch.cat(found, dim=2)
         if time == 1:
             return value, value, None
         places = torch.full((1, 1, time, time), NOBODY, device=k.device)
@@ -162,7 +158,7 @@ class _Layer:
         """Nothing: what has left the window is in blocks already."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        """What a chunk's queries `[units, heads, time, d]` find; the attention that keys in the window get is noted."""
+        """What a chunk's queries `[rows, heads, time, d]` find; the attention that keys in the window get is noted."""
         end, wide = start + q.shape[2], torch.promote_types(q.dtype, torch.float32)
         self.keys.append(k)
         self.values.append(v)
@@ -172,7 +168,7 @@ class _Layer:
         far_k, far_v, far_at = self._far(distant, end)
         now = torch.arange(start, end, device=q.device).unsqueeze(1)
         behind = now - torch.arange(end - near, end, device=q.device)  # [time, near]
-        beyond = now - far_at[:, None, None, None]  # [units, 1, 1, time, far]
+        beyond = now - far_at[:, None, None, None]  # [rows, 1, 1, time, far]
         seen, distantly = (behind >= 0) & (behind < local), beyond >= local
         if self.window is not None:
             seen, distantly = seen & (behind < self.window), distantly & (beyond < self.window)
@@ -182,20 +178,20 @@ class _Layer:
         return found.to(q.dtype)
 
     def _far(self, distant: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values `[units, kv_heads, far, d]` that may stand at one distance, at position 0, and where they stand in the text, `[units, far]`."""
-        units, size = len(distant), self.sizes.block
+        """Keys and values `[rows, kv_heads, far, d]` that may stand at one distance, at position 0, and where they stand in the text, `[rows, far]`."""
+        rows, size = len(distant), self.sizes.block
         leaving, held = max(0, self.keys.length - self.sizes.local), self.keys.length
         keys, values = self._turned_back(self.keys.all()[:, :, :leaving], end - held), self.values.all()[:, :, :leaving]
-        at = torch.arange(end - held, end - held + leaving, device=keys.device).expand(units, -1)
+        at = torch.arange(end - held, end - held + leaving, device=keys.device).expand(rows, -1)
         if self.first_keys.length:
             keys, values = (
                 torch.cat((self.first_keys.all(), keys), dim=2),
                 torch.cat((self.first_values.all(), values), dim=2),
             )
-            at = torch.cat((torch.arange(self.first_keys.length, device=at.device).expand(units, -1), at), dim=1)
+            at = torch.cat((torch.arange(self.first_keys.length, device=at.device).expand(rows, -1), at), dim=1)
         if min(self.memory.count, self.sizes.blocks):
             index = self._chosen(distant)
-            found = self.memory.load(index).view(units, index.shape[1], 2, keys.shape[1], size, -1)
+            found = self.memory.load(index).view(rows, index.shape[1], 2, keys.shape[1], size, -1)
             k, v = (x.transpose(1, 2).flatten(2, 3) for x in found.unbind(dim=2))
             inside = self.sizes.initial + index.unsqueeze(2) * size + torch.arange(size, device=at.device)
             keys, values = torch.cat((k, keys), dim=2), torch.cat((v, values), dim=2)
@@ -203,7 +199,7 @@ class _Layer:
         return keys.to(distant.dtype), values.to(distant.dtype), at
 
     def _chosen(self, distant: Tensor) -> Tensor:
-        """Blocks that a chunk reads, in order, `[units, n]`."""
+        """Blocks that a chunk reads, in order, `[rows, n]`."""
         if self.memory.count <= self.sizes.blocks:
             return torch.arange(self.memory.count, device=distant.device).expand(len(distant), -1)
         worth = (self.stand_ins.all().to(distant.dtype) @ distant.mean(dim=2).unsqueeze(3)).sum(dim=(1, 3))
@@ -221,7 +217,7 @@ class _Layer:
         if blocks > 0:
             k, v, received = (torch.unflatten(x, 2, (blocks, size)) for x in self._taken(blocks * size, end))
             best = received.topk(min(self.representatives, size), dim=3).indices
-            own = k.repeat_interleave(received.shape[1] // k.shape[1], dim=1)  # [units, heads, blocks, size, d]
+            own = k.repeat_interleave(received.shape[1] // k.shape[1], dim=1)  # [rows, heads, blocks, size, d]
             best = best.unsqueeze(4).expand(*best.shape, k.shape[4])
             self.stand_ins.append(own.gather(3, best).to(received.dtype).mean(dim=3).to(k.dtype))
             self.memory.append(torch.stack((k, v), dim=1).permute(0, 3, 1, 2, 4, 5).flatten(2))
@@ -235,7 +231,7 @@ class _Layer:
         return taken
 
     def _turned_back(self, x: Tensor, start: int) -> Tensor:
-        """`[units, heads, time, d]` that stand at positions from `start` on, as they would at 0, in float32 or wider."""
+        """`[rows, heads, time, d]` that stand at positions from `start` on, as they would at 0, in float32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = self.rotation(torch.arange(start, start + x.shape[2], device=x.device)[None], wide)
         return rotate(x.to(wide), cos, -sin)

@@ -10,10 +10,12 @@ Glossary
 Source: `flexgen` (arXiv 2303.06865), the section on the cost model, and the appendix that writes it out; official code
 FMInference/FlexGen@19753bc, experimental/cost_model.py, which also has the constants.
 
-Differs from the paper: as in the paper, and not as in the code, a layer takes as long as its slowest stream. Constants of a link are one for
-all that passes it, where the code has some for each kind. The cache in a later pass has s + (n - 2) / 2 entries on average, which is
-exact; the code takes s + n / 2. Layers are the decoder's, of any shape, with grouped heads. While a layer's weights are not all on the
-device, two buffers hold whole layers there, whatever its share.
+Differs from the paper: as in the paper, and not as in the code, a layer takes as long as its slowest stream, and hidden states may lie on
+disk. Constants of a link are one for all that passes it, here those of hidden states, and all products are as fast as those with
+weights; the code has slower ones for the cache and for attention. The cache in a later pass has s + (n - 2) / 2 entries on average, which is
+exact; the code takes s + n / 2. Memory has one peak, in the place of one in the first pass and one later, since all of a block's room
+is taken when it starts; the code leaves a fifth of each memory free. Layers are the decoder's, of any shape, with grouped heads. While
+a layer's weights are not all on the device, two buffers hold whole layers there, whatever its share.
 
 Not here: attention that the CPU computes, so that a cache there must be moved; 4-bit weights and caches.
 """
@@ -41,8 +43,8 @@ class Hardware:
         device_to_cpu: link, here that of activations.
         disk_to_cpu: link.
         cpu_to_disk: link.
-        prefill_flops: of products with many tokens.
-        decode_flops: of products with one token of each sequence.
+        prefill_flops: operations a second with many tokens.
+        decode_flops: the same with one token of each sequence.
     """
 
     device: float

@@ -86,7 +86,7 @@ def search(task: Task, hardware: Hardware, most: int, *, beside: bool = False) -
     Args:
         task: sizes.
         hardware: memories and speeds.
-        most: sequences of a block at most; batches have four or more of them, as the paper says, if so many fit.
+        most: sequences of a block at most; batches have four or more of them, as the paper says, if so many fit, else fewer.
         beside: as for `solve`.
 
     Raises:
@@ -94,20 +94,20 @@ def search(task: Task, hardware: Hardware, most: int, *, beside: bool = False) -
     """
     best: Plan | None = None
     refused: Infeasible | None = None
-    for batch in sorted(_sizes(most), key=lambda size: (size < 4, size)):
-        if best is not None and batch < 4:
-            break
-        for batches in _sizes(most // batch):
-            try:
-                plan = solve(task, hardware, batch, batches, beside=beside)
-            except Infeasible as error:
-                refused = error
-                break  # nor does a larger block fit
-            if best is None or plan.block / plan.seconds > best.block / best.seconds * (1 + SLIGHT):
-                best = plan
-    if best is None:
-        raise refused or Infeasible(f"most={most} must be at least 1")
-    return best
+    sizes = _sizes(most)
+    for some in ([size for size in sizes if size >= 4], [size for size in sizes[::-1] if size < 4]):
+        for batch in some:
+            for batches in _sizes(most // batch):
+                try:
+                    plan = solve(task, hardware, batch, batches, beside=beside)
+                except Infeasible as error:
+                    refused = error  # at last that of one sequence
+                    break  # nor does a larger block fit
+                if best is None or plan.block / plan.seconds > best.block / best.seconds * (1 + SLIGHT):
+                    best = plan
+        if best is not None:
+            return best
+    raise refused or Infeasible(f"most={most} must be at least 1")
 
 
 def _sizes(most: int) -> list[int]:

@@ -1,8 +1,9 @@
 r"""PagedAttention: caches lie in small blocks anywhere in memory, and attention follows each sequence's table of them.
 
-Source: `paged-attention` (arXiv 2309.06180), Eq. (4), Sections 4.1 to 4.5; official code vllm-project/vllm@00a456f,
-vllm/core/block_manager_v1.py (blocks), @0054e1f vllm/core/scheduler.py (preemption). `blocks` keeps the books, `pool` the tensors,
-`scheduling` the order, `paged_cache` shares blocks among samples and beams.
+Source: `paged-attention` (arXiv 2309.06180), Eq. (4), Sections 4.1 to 4.5; official code
+vllm-project/vllm@00a456f1656e0fa60f0b212ed9b824fe9e688a8b, vllm/core/block_manager_v1.py (blocks), @0054e1fa0f8ac79f0524b6b1f4d7c02f9e37eca1
+vllm/core/scheduler.py (preemption). `blocks` keeps the books, `pool` the tensors, `scheduling` the order, `paged_cache` shares blocks
+among samples and beams.
 
 Differs from the paper: prompts attend to what was just computed for them, as ordinary attention does (so does the code); if something of a prompt
 is in the memory already, it is gathered first. Several blocks are taken in one step, up to `partition` tokens, and steps are joined by

@@ -215,8 +215,12 @@ def _mapped(file: Path, length: int, width: int, dtype: torch.dtype) -> Tensor:
     size = length * width * dtype.itemsize
     check_room(file.parent, size)
     with file.open("wb") as made:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(made.fileno(), 0, size)
-        else:
-            made.write(bytes(size))
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(made.fileno(), 0, size)
+            else:
+                made.write(bytes(size))
+        except OSError as error:  # what is free need not be ours: a quota
+            file.unlink()
+            raise OSError(f"{file}: {size} bytes can't be put there: {error}; name a folder on another disk") from error
     return torch.from_file(str(file), shared=True, size=length * width, dtype=dtype).view(length, width)

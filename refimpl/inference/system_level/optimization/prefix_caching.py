@@ -1,8 +1,9 @@
 r"""Prefix caching (RadixAttention): entries of earlier requests stay, and a request computes what is new in it only.
 
 Source: `sglang` (arXiv 2312.07104), Section 3, Theorem 3.1 and the algorithm of cache-aware scheduling in its appendix; official code
-sgl-project/sglang@006b0e3, python/sglang/srt/mem_cache/radix_cache.py (`cache_unfinished_req`, `cache_finished_req`), @00550cd
-python/sglang/srt/managers/schedule_policy.py (`_sort_by_longest_prefix`). `radix_tree` keeps what is there.
+sgl-project/sglang@006b0e3d317f1cd4a7300e919a4eaa878b1947e7, python/sglang/srt/mem_cache/radix_cache.py (`cache_unfinished_req`,
+`cache_finished_req`), @00550cd11b35def9d584bf761a1e32729c20a21d python/sglang/srt/managers/schedule_policy.py
+(`_sort_by_longest_prefix`). `radix_tree` keeps what is there.
 
 Differs from the paper: as in the code, a prompt is in the tree as soon as it is read, so that requests that run share it, and who doesn't fit
 in ends the search for others. A request that has to give up its memory leaves what was computed in the tree, where it is evicted in

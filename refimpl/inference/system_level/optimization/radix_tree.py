@@ -2,8 +2,8 @@ r"""A radix tree over tokens: which texts' entries are in memory, where, and whi
 
 An edge holds a run of tokens and the place of each one's entry. A text that leaves an edge in its middle splits it.
 
-Source: `sglang` (arXiv 2312.07104), Section 3 and Figure 3; official code sgl-project/sglang@006b0e3,
-python/sglang/srt/mem_cache/radix_cache.py, page size 1.
+Source: `sglang` (arXiv 2312.07104), Section 3 and Figure 3; official code
+sgl-project/sglang@006b0e3d317f1cd4a7300e919a4eaa878b1947e7, python/sglang/srt/mem_cache/radix_cache.py, page size 1.
 
 Differs from the paper: none; from the code: where an edge is split, the part that was not matched keeps the time of its last use.
 

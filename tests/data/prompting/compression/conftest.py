@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from refimpl import testbed
+from refimpl.data.prompting.compression.self_information import self_information
 from refimpl.model.config import Config
 from refimpl.model.generate import generate, pad
 from refimpl.model.model import Decoder, initialize_
@@ -43,6 +44,14 @@ class Asked:
         return statistics.fmean(
             task.score(text, sample.answer) for task, text, sample in zip(self.tasks, texts, self.samples, strict=True)
         )
+
+    def likelihood(self, kept):
+        """Mean logarithm of the probability of a token of the right answers, after what is left of each context, in nats."""
+        questions = [self.tokenizer.encode(sample.question).ids for sample in self.samples]
+        answers = [self.tokenizer.encode(sample.answer + "\n").ids for sample in self.samples]
+        rows = [ids[k].tolist() + q + a for ids, k, q, a in zip(self.tokens, kept, questions, answers, strict=True)]
+        told = zip(self_information(self.model, rows), answers, strict=True)
+        return -float(torch.cat([information[-len(answer) :] for information, answer in told]).mean())
 
     def left(self, compressor, times):
         """Positions of what a compressor leaves of each context, one of so many tokens."""

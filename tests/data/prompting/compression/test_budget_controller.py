@@ -25,6 +25,15 @@ def test_what_room_is_left_raises_the_other_rates():
     assert plan(20, [27, 27], 10, [1.0, 2.0], 45, **rates) == (14, 24, 7, [0, 1])
 
 
+def test_what_nobody_else_can_take_goes_to_instruction_or_question():
+    """Oracle: by hand: 25 are spoken for, 4 / 30 are added to both rates, which gives the whole part nothing and half of the other 6 of
+    10; the one token of 27 that is left over goes there, too, since there are no demonstrations."""
+    rates = PAPER | {"instruction_rate": 0.5, "question_rate": 1.0}
+    assert plan(10, [], 20, [], 27, **rates) == (7, 0, 20, [])
+    rates = PAPER | {"instruction_rate": 1.0, "question_rate": 0.5}
+    assert plan(20, [], 10, [], 27, **rates) == (20, 0, 7, [])
+
+
 def by_the_paper(lengths, perplexity, left, coarse):
     """Algorithm 1, lines 4 to 11."""
     kept, used = [], 0

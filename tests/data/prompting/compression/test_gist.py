@@ -122,7 +122,7 @@ def trained(method, model, steps, rate):
     """A model that has learnt the arena's family of prompts: of 26 tokens, one says by how much the input is to be moved on."""
     generator = torch.Generator().manual_seed(2)
     batches = (method.batch(model, drawn(32, generator)) for _ in range(steps))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     train(model, optimizer, batches, steps, loss=method.loss, schedule=lambda p: min(1.0, 0.1 + 10 * p) * (1 - 0.9 * p))
     return model.eval()
 
@@ -137,16 +137,17 @@ def accuracy(method, model):
 
 @pytest.fixture(scope="module")
 def accuracies():
-    """A small decoder learns the family without a mask, and goes on from there under each mask.
+    """A small decoder learns the family without a mask, and goes on from there under each mask. With weights as large as these at the start
+    it does so for every seed.
 
     Under the negative one nothing says what the move is, so that no training brings more than one in four: a short one is enough.
     """
     config = Config(vocabulary=12, d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=8, d_ff=64)
-    start, model = Gist(condition="positive"), initialize_(Decoder(config), torch.Generator().manual_seed(0), std=0.1)
-    positive = trained(start, start.prepare(model), 100, 8e-3)
+    start, model = Gist(condition="positive"), initialize_(Decoder(config), torch.Generator().manual_seed(0), std=0.3)
+    positive = trained(start, start.prepare(model), 70, 8e-3)
     found = {"positive": accuracy(start, positive)}
-    for method, steps in ((Gist(), 90), (Gist(condition="negative"), 30)):
-        found[method.condition] = accuracy(method, trained(method, copy.deepcopy(positive), steps, 5e-3))
+    for method, steps in ((Gist(), 90), (Gist(condition="negative"), 20)):
+        found[method.condition] = accuracy(method, trained(method, copy.deepcopy(positive), steps, 6e-3))
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from refimpl.data.prompting.compression.annotation import split
-from refimpl.data.prompting.compression.selective_context import SelectiveContext, cut
+from refimpl.data.prompting.compression.selective_context import SelectiveContext, containing, cut
 from refimpl.data.prompting.compression.self_information import beginning
 from refimpl.model.config import Config
 from refimpl.model.model import Decoder
@@ -29,6 +29,14 @@ def test_sentences_by_hand():
     """Oracle: by hand: an end is a `.` or `?` before a space, but not in "e.g." and "Mr."; joined they are the text."""
     assert cut(TEXT) == SENTENCES
     assert cut("") == [] and cut("a. ") == ["a.", " "] and cut(".") == ["."]
+    assert cut("Oh! Yes. No") == ["Oh! Yes.", " No"]
+
+
+def test_a_token_over_several_parts_counts_for_the_one_it_ends_in():
+    """Oracle: by hand: one token, which is all of the text."""
+    whole = Tokenizer(models.WordLevel({"a cat": 0}, unk_token="a cat"))
+    assert containing(["a", " cat"], whole.encode("a cat")).tolist() == [1]
+    assert containing(["a cat", " sat"], whole.encode("a cat")).tolist() == [0]
 
 
 def by_loops(model, unit):

@@ -81,7 +81,7 @@ SEEN = {}  # policies that the rule chose, of each method's layers
     ("changes", "method", "prompt", "sizes"),
     [
         ({}, FastGen(recovery=0.75, **MARKS), [30], [1] * 30),
-        ({"n_kv_heads": 4}, FastGen(recovery=0.6, local=0.1, frequent=0.15, **MARKS), [20, 1, 10], [1, 9] + [1] * 19),
+        ({"n_kv_heads": 4}, FastGen(recovery=0.6, local=0.12, frequent=0.15, **MARKS), [20, 1, 10], [1, 9] + [1] * 19),
         ({"n_kv_heads": 1, "sliding_window": (9, None)}, FastGen(recovery=0.5, first=2), [30], [12] + [1] * 18),
     ],
     ids=["grouped heads", "a head each", "one key head"],

@@ -164,20 +164,41 @@ def test_keys_are_turned_back_exactly(type, dtype, generator):
 def test_calibration_by_hand():
     """Oracle: percentiles of the first layer's keys by NumPy, the projections of the normalized embedding, without first tokens."""
     model = decoder(head_dim=8)
-    grid = KVQuant(outliers=0.1).calibrated(model, TEXTS).calibration[0]
+    grid = KVQuant(bits=3, outliers=0.1).calibrated(model, TEXTS).calibration[0]
     block = model.layers[0]
     x = block.attention_norm(model.embedding(torch.cat([text[1:] for text in TEXTS])))
     low, high = np.percentile(block.attention.k_proj(x).numpy(), [5, 95], axis=0)
     assert_close(grid.middle.double().flatten(), torch.from_numpy(low + high) / 2, rtol=1e-5, atol=1e-5)
     assert_close(grid.width.double().flatten(), torch.from_numpy(high - low) / 2, rtol=1e-5, atol=1e-5)
     for levels in (grid.keys, grid.values):
-        assert levels.encode is levels.decode
+        assert levels.encode is levels.decode  # Q-Norm is for 2 bits alone
         assert levels.encode.diff().min() > 0
         assert levels.encode.abs().max() <= 1
     norm = KVQuant(bits=2).calibrated(model, TEXTS).calibration[0].keys
     assert (norm.decode.max() - norm.decode.min()) > (
         norm.encode.max() - norm.encode.min()
     )  # Q-Norm widens what means narrowed
+
+
+def test_levels_are_means_by_sensitivity():
+    """Oracle: where k-means ends: each level is the mean of the numbers nearest to it, weighted with their own squared gradients, keys in
+    their channels' ranges, values in those of each token, by NumPy's percentiles. Negative control: with equal weights it is not.
+    """
+    model = decoder(head_dim=8)
+    for layer, grid in zip(
+        sensitivities(model, TEXTS, skip=1), KVQuant(outliers=0.1).calibrated(model, TEXTS).calibration, strict=True
+    ):
+        for x, weights, levels, axis in (
+            (layer.keys, layer.key_weights, grid.keys, 0),
+            (layer.values, layer.value_weights, grid.values, 1),
+        ):
+            low, high = np.percentile(x.double().numpy(), [5, 95], axis=axis, keepdims=True)
+            shares = (2 * x.double().numpy() - low - high) / (high - low)
+            inside = np.abs(shares) <= 1 + 1e-6
+            nearest_level = np.abs(shares[inside][:, None] - levels.encode.double().numpy()).argmin(axis=1)
+            for used, close in ((weights.double().numpy()[inside], True), (np.ones(inside.sum()), False)):
+                means = np.bincount(nearest_level, used * shares[inside]) / np.bincount(nearest_level, used)
+                assert (np.abs(means - levels.encode.double().numpy()).max() < 1e-4) == close
 
 
 def test_a_channel_that_never_moved(generator):

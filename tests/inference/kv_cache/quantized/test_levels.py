@@ -40,6 +40,16 @@ def best(values, weights, count):
     return least[-1]
 
 
+@pytest.mark.parametrize("kind", ["one far away", "one of great weight"])
+def test_both_starts_are_needed(kind, generator):
+    """Oracle: dynamic programming; from equal distances the first is missed by far, from quantiles of the weight the second."""
+    values, weights = torch.randn(30, generator=generator), torch.ones(30)
+    (values if kind == "one far away" else weights)[0] = 1000.0
+    levels = fitted_levels(values, weights, 2)
+    error = float((weights * (values - levels[nearest(values, levels).long()]) ** 2).sum())
+    assert error <= 1.3 * best(values, weights, 4) + 1e-3
+
+
 def test_fitted_levels_are_near_the_best(generator):
     """Oracle: dynamic programming over all cuts; below it nothing comes, and unweighted levels miss it by much."""
     values, weights = torch.randn(40, generator=generator), torch.rand(40, generator=generator) ** 6
@@ -58,6 +68,7 @@ def test_fitted_levels_by_hand():
     assert fitted_levels(x, torch.tensor([3.0, 1, 3, 1]), 1).tolist() == [1.5, 10.5]
     assert fitted_levels(x, torch.zeros(4), 1).tolist() == [1, 11]
     assert set(fitted_levels(x[:1], torch.ones(1), 2).tolist()) == {10}
+    assert fitted_levels(torch.arange(3.0), torch.ones(3), 1).tolist() == [0.5, 2]  # halfway goes to the lower
 
 
 def test_normalized_levels_keep_the_moments(generator):

@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 from refimpl import testbed
 from refimpl.inference.kv_cache.retrieved.infllm import InfLLM
-from refimpl.model.cache import FullCache
 from refimpl.model.config import Rope
 from refimpl.model.generate import generate
 from tests.inference.kv_cache.decoders import decoder, draw, feed, run, shape
@@ -41,11 +40,10 @@ def written_out(model, method):
             now = torch.arange(n)[start:][part]
             hidden = torch.zeros(*q.shape[:2], n, dtype=torch.bool)
             if state.stand_ins:
-                worth = (torch.stack(state.stand_ins, dim=2) * one[:, :, None, part].sum(dim=3)).sum(dim=3)
-                worth = worth if method.per_head else worth.sum(dim=1, keepdim=True).expand_as(worth)
-                ranks = worth.argsort(dim=2, descending=True).argsort(dim=2)
-                unread = (ranks >= sizes.blocks).repeat_interleave(sizes.block, dim=2)
-                hidden[:, :, sizes.initial : sizes.initial + unread.shape[2]] = unread
+                worth = (torch.stack(state.stand_ins, dim=2) * one[:, :, None, part].sum(dim=3)).sum(dim=(1, 3))
+                ranks = worth.argsort(dim=1, descending=True).argsort(dim=1)
+                unread = (ranks >= sizes.blocks).repeat_interleave(sizes.block, dim=1)
+                hidden[:, :, sizes.initial : sizes.initial + unread.shape[1]] = unread.unsqueeze(1)
             behind = now[:, None] - torch.arange(n)
             near = (behind >= 0) & (behind < sizes.local)
             scores = torch.where(near, own[:, :, part] @ placed.mT, one[:, :, part] @ k.mT) / math.sqrt(q.shape[3])
@@ -70,12 +68,11 @@ def written_out(model, method):
     ("changes", "method", "sizes"),
     [
         ({}, {}, [40] + [1] * 20),
-        ({}, {"per_head": True}, [23, 17] + [1] * 20),
         ({"n_kv_heads": 1}, {"chunk": 512, "initial": 0, "representatives": 1}, [40, 1, 1, 18]),
         ({"n_kv_heads": 4, "sliding_window": (9, 22)}, {"representatives": 9}, [1] * 30 + [30]),
         ({"rope": Rope(theta=500.0, type="yarn", factor=4.0, original_max_positions=32)}, {"blocks": 0}, [50, 10]),
     ],
-    ids=["shared blocks", "blocks of each head", "chunks of a window", "windows", "nothing looked up"],
+    ids=["shared blocks", "chunks of a window", "windows", "nothing looked up"],
 )  # fmt: skip
 def test_equals_the_method_written_out(changes, method, sizes):
     """Oracle: all keys held unrotated, masks for what is not seen, stand-ins taken from the whole text's keys."""
@@ -151,6 +148,7 @@ def test_what_lies_where(device):
     cache.update(0, x, x, x.expand(1, 2, 200, 32), torch.arange(200, device=device)[None])
     layer = cache._layers[0][0]
     assert (layer.memory.count, layer.keys.length, layer.first_keys.length) == (58, 24, 2)
+    assert layer.memory.slots == 2 * 2  # the official 32 for 16 blocks
     token = 64 * 2
     assert 58 * 3 * token <= cache.host_bytes <= 58 * 3 * token * 17 / 16
     assert layer.memory._host.all().device.type == "cpu"
@@ -218,9 +216,9 @@ def test_claim_beyond_the_trained_length(claim):
     """Twice the 1,024 tokens that the testbed's model was trained on; the last 512 count."""
     model = testbed.subject().model
     tokens = torch.as_tensor(testbed.corpus.tokens("held-out")[:2049]).long()[None]
-    losses = []
-    for cache in (InfLLM(budget=768, block_size=16).cache(model.config), FullCache()):
-        hidden = torch.cat([model.hidden(part, cache) for part in tokens[:, :2048].split(512, dim=1)], dim=1)
+    cache, losses = InfLLM(budget=768, block_size=16).cache(model.config), []
+    parts = [model.hidden(part, cache) for part in tokens[:, :2048].split(256, dim=1)]
+    for hidden in (torch.cat(parts, dim=1), model.hidden(tokens[:, :2048])):
         losses.append(torch.nn.functional.cross_entropy(model.logits(hidden[0, 1536:]), tokens[0, 1537:]))
     claim("infllm", "beyond-the-trained-length", float((losses[0] - losses[1]).exp()))
 

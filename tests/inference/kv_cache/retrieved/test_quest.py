@@ -178,12 +178,14 @@ def recall(method, config, heard, prompt):
 
 @torch.no_grad()
 def test_claim_recall(claim):
-    """An eighth of 512 tokens of text that the testbed was not trained on; layers from the third on, 8 tokens after the prompt."""
-    model = testbed.subject().model
-    listening = Listening()
-    model.hidden(torch.as_tensor(testbed.corpus.tokens("held-out")[:512]).long()[None], listening)
+    """An eighth of 846 tokens, while the question for a needle and its answer are read; layers from the third on."""
+    model, tokenizer = testbed.subject()
+    (sample,) = testbed.tasks.samples("needle", 1, 896, torch.Generator().manual_seed(0))
+    texts, listening = (sample.context, sample.question, sample.answer), Listening()
+    context, *asked = (tokenizer.encode(text).ids for text in texts)
+    model.hidden(torch.tensor([context + [token for ids in asked for token in ids]]), listening)
     ours, dropping = (
-        recall(method, model.config, listening.heard[2:], 504) for method in (Quest(budget=64, dense_layers=0), H2O(budget=64))
+        recall(method, model.config, listening.heard[2:], len(context)) for method in (Quest(budget=112, dense_layers=0), H2O(budget=112))
     )  # fmt: skip
     claim("quest", "recall", float(ours - dropping))
 

@@ -74,6 +74,16 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_quota_is_told_and_leaves_no_file(tmp_path, monkeypatch):
+    def over(*_):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(tiers.os, "posix_fallocate", over, raising=False)
+    with pytest.raises(OSError, match=r"x: 40 bytes can't be put there: .*Disk quota exceeded; name a folder"):
+        Spread(1, 10, (0.0, 0.0, 1.0), torch.zeros(1), tmp_path / "x", Counter())
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_written_is_told(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="absent"):
         Spread(1, 10, (0.0, 0.0, 1.0), torch.zeros(1), tmp_path / "absent" / "x", Counter())

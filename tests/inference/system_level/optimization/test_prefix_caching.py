@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from refimpl.inference.system_level.design.continuous_batching import ContinuousBatching
-from refimpl.inference.system_level.optimization.prefix_caching import PrefixCaching
+from refimpl.inference.system_level.optimization.prefix_caching import PrefixCaching, Remembering
 from refimpl.inference.system_level.protocol import Request, entry_bytes
+from refimpl.inference.system_level.scheduling import Job
 from refimpl.model.config import Config
 from refimpl.model.model import Decoder, initialize_
 from tests.inference.system_level.traces import alone, common
@@ -148,6 +149,16 @@ def test_books_agree(plain, generator):
 
     served = PrefixCaching(slots=4, memory=40).serve(plain, requests, watch)
     assert served.tokens == [alone(plain, request) for request in requests]
+
+
+def test_an_entry_that_was_not_written_is_free_again(small):
+    """Oracle: by hand: of ten entries the tree keeps the three that were read, and the one for the token to come is given back."""
+    store, job = Remembering(small, 10, "arrival"), Job(0, Request(prompt=(5, 7, 9), n=3), [5, 7, 9])
+    assert store.admit(job)
+    job.read, job.text = 3, [5, 7, 9, 2]
+    assert store.grow(job) and len(store._free) == 6
+    store.release(job)
+    assert len(store._free) == 7 and store.tree.size == 3 and store.tree.locked == 0
 
 
 def test_settings_are_checked(small):

@@ -35,6 +35,10 @@ def test_leaves_go_by_their_last_use_and_parents_after_them():
     assert tree.evict(2) == [5, 2]
     assert tree.evict(9) == [0, 1] and tree.size == 0 and not tree.root.children
     assert tree.evict(1) == []
+    tree.insert([1, 2, 3], [0, 1, 2])
+    tree.insert([7], [5])
+    tree.match([1, 2])  # used later than 7, which goes before it
+    assert tree.evict(2) == [2, 5] and tree.evict(1) == [0, 1]
 
 
 def test_what_is_in_use_stays():
