@@ -206,6 +206,13 @@ def test_a_method_that_runs_has_module_and_test(path):
     assert LEAVES[path].impl in its_test(path).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("path", sorted(path for path, method in LEAVES.items() if method.impl and method.claims))
+def test_a_method_measures_its_claims_in_its_own_test(path):
+    """`effllm claims --measure` runs that file alone."""
+    said = its_test(path).read_text(encoding="utf-8")
+    assert f'claim("{LEAVES[path].id}", ' in said or f'"{LEAVES[path].id}"' in said
+
+
 @pytest.mark.parametrize("file", family_files())
 def test_a_module_of_a_family_is_a_method_or_is_tested_for_itself(file):
     path = file.removeprefix("refimpl/").removesuffix(".py")

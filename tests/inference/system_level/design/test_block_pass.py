@@ -5,11 +5,9 @@ import itertools
 import pytest
 import torch
 
-from refimpl import testbed
 from refimpl.inference.system_level.design.block_pass import Offloaded
 from refimpl.inference.system_level.design.flexgen_offload import task_of
 from refimpl.inference.system_level.design.offload_cost import Hardware, evaluate, footprint
-from refimpl.inference.system_level.design.offload_plan import search
 from refimpl.memory import peak_of
 from refimpl.model.config import Config
 from refimpl.model.generate import generate, pad
@@ -145,83 +143,3 @@ def test_a_model_on_disk_takes_the_memory_of_two_layers(generator, tmp_path):
         held = [home.load(torch.empty(home.elements)) for home in offloaded.homes]
     assert len(held) == 12 and 4e6 < layer < 5e6
     assert peak.bytes < 5 * layer < 9 * layer < whole.bytes
-
-
-def test_a_block_spares_traffic(generator, tmp_path, claim):
-    """Oracle: bytes are counted; batch after batch, in the same memories, at that case's own best plan."""
-    model = testbed.subject().model
-    text = testbed.subject().text("held-out", 2_000)
-    prompts = text[torch.arange(16)[:, None] * 100 + torch.arange(32)]
-    task = task_of(model, 32, 5)
-    rows = footprint(task, 4, 4, streamed=True)
-    hardware = Hardware(device=rows[0, 9] + 0.3 * rows[0, 0], cpu=0.5 * rows[1, 1] + rows[1, 4], disk=1e9)
-    came, found = [], []
-    for most in (16, 4):
-        plan = search(task, hardware, most)
-        assert (plan.batch, plan.batches) == (4, most // 4)
-        (tmp_path / str(most)).mkdir()
-        offloaded = Offloaded(model, plan, tmp_path / str(most))
-        blocks = [
-            torch.stack([*offloaded.run(block, torch.zeros(len(block)), 5)], dim=1) for block in prompts.split(most)
-        ]
-        found.append(torch.cat(blocks))
-        came.append(sum(offloaded.traffic[kind]["cpu_to_device"] for kind in offloaded.traffic))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], generate(model, prompts, 5))
-    claim("flexgen-offload", "blocks-spare-traffic", came[1] / came[0])
-
-
-def test_a_model_is_larger_than_the_device(tmp_path, claim):
-    """Oracle: bytes of weights, caches and states, over those held on the device in any pass, embedding and output layer included."""
-    model = testbed.subject().model
-    plan = plan_of(model, 32, 8, 4, 4, SHARES[1])
-    prompts = testbed.subject().text("held-out", 2_000)[torch.arange(16)[:, None] * 100 + torch.arange(32)]
-    offloaded = Offloaded(model, plan, tmp_path)
-    resident = task_of(model, 32, 8).resident
-    most = max(offloaded.nbytes[0] + resident for _ in offloaded.run(prompts, torch.zeros(16), 8))
-    whole = float(footprint(task_of(model, 32, 8), 4, 16, streamed=True)[0, [0, 3, 6]].sum()) + resident
-    claim("flexgen-offload", "larger-than-the-device", whole / most)
-
-
-# Schedules
-
-
-def fewest_loads(layers, n, s, sequences, memory):
-    """Loads of a layer in the best of all schedules, by a search over all states.
-
-    Weights stay for one step; caches must be in the memory of so many entries from a sequence's first token to its last. A state is how
-    far each sequence has come, in layers of passes; a step loads a layer, and takes any of those that wait for it one layer on.
-    """
-
-    def held(done):
-        passes, more = divmod(done, layers)
-        return more * s if passes == 0 else layers * (s + passes - 1) + more
-
-    end = layers * n
-    seen, border, loads = {(0,) * sequences}, {(0,) * sequences}, 0
-    while (end,) * sequences not in seen:
-        loads, following = loads + 1, set()
-        for state, layer in itertools.product(border, range(layers)):
-            waiting = {done for done in state if done < end and done % layers == layer}
-            counts = {done: state.count(done) for done in state}
-            for taken in itertools.product(*(range(counts[done] + 1) for done in waiting)):
-                moved = list(state)
-                for done, count in zip(waiting, taken, strict=True):
-                    for _ in range(count):
-                        moved[moved.index(done)] = done + 1
-                before = sum(held(done) for done in state if done < end)
-                if before + sum(c * (held(d + 1) - held(d)) for d, c in zip(waiting, taken, strict=True)) <= memory:
-                    following.add(tuple(sorted(moved)))
-        border = following - seen
-        seen |= border
-    return loads
-
-
-def test_the_block_schedule_loads_at_most_twice_as_often_as_the_best(claim):
-    """Oracle: brute force over all schedules of small grids. Control: batch after batch, of one, is further off."""
-    ratios, control = [], []
-    for layers, n, s, block, sequences in ((2, 3, 1, 2, 10), (2, 4, 1, 2, 8), (3, 3, 1, 2, 6), (2, 2, 1, 2, 8)):
-        best = fewest_loads(layers, n, s, sequences, memory=block * layers * (s + n - 1))
-        ratios.append(sequences // block * n * layers / best)
-        control.append(sequences * n * layers / best)
-    assert min(ratios) >= 1 and max(ratios) > 1.2 and max(control) > 2
-    claim("flexgen-offload", "within-twice-the-best", max(ratios))

@@ -1,15 +1,21 @@
-"""FlexGenOffload as a server; answers under all budgets, plans within them, and what can go wrong with a disk."""
+"""FlexGenOffload as a server; answers under all budgets, plans within them, what can go wrong with a disk; claims."""
 
+import itertools
 from collections import namedtuple
 
 import pytest
 import torch
 
+from refimpl import testbed
 from refimpl.inference.system_level.design import tiers
+from refimpl.inference.system_level.design.block_pass import Offloaded
 from refimpl.inference.system_level.design.flexgen_offload import FlexGenOffload, task_of
-from refimpl.inference.system_level.design.offload_cost import footprint
+from refimpl.inference.system_level.design.offload_cost import Hardware, evaluate, footprint
+from refimpl.inference.system_level.design.offload_plan import search
 from refimpl.inference.system_level.protocol import Request
 from refimpl.inference.system_level.static_batching import StaticBatching
+from refimpl.model.generate import generate
+from tests.inference.system_level.design.opt import OPT_30B, OPT_175B, T4
 from tests.inference.system_level.traces import alone, trace
 
 
@@ -76,3 +82,115 @@ def test_a_model_of_two_dtypes_is_refused(plain):
     plain.layers[1].feed_forward.to(torch.float64)
     with pytest.raises(ValueError, match="must have one dtype"):
         FlexGenOffload().serve(plain, [Request(prompt=(5,), n=2)])
+
+
+# Claims
+
+
+def by_rule(task, hardware, on_device):
+    """The best that a fixed rule gives, in tokens a second: caches and activations on the device, batch after batch, batches as large as fit.
+
+    Args:
+        on_device: whether as many weights as fit are on the device; what is not there is in CPU memory, and on disk where that is full.
+    """
+    rates = []
+    for batch in range(1, 200):
+        rows = footprint(task, batch, batch, streamed=True)
+        room = hardware.device - rows[0, 3] - rows[0, 6] - rows[0, 9]
+        if room < 0:
+            break
+        device = min(1.0, room / rows[0, 0]) if on_device else 0.0
+        cpu = min(1.0 - device, max(0.0, (hardware.cpu - rows[1, 9] - task.weights) / rows[1, 1]))
+        plan = evaluate(task, hardware, batch, 1, (device, cpu, 1 - device - cpu, 1, 0, 0, 1, 0, 0))
+        assert plan.bytes[0] <= hardware.device * (1 + 1e-9) and plan.bytes[1] <= hardware.cpu * (1 + 1e-9)
+        rates.append(plan.block * task.new / plan.seconds)
+    return max(rates)
+
+
+def test_plans_beat_fixed_rules(claim):
+    """Oracle: two rules of other systems, at their best batch, under the same model: no weights on the device, or as many as fit."""
+    ratios = []
+    for task in (OPT_30B, OPT_175B):
+        plan = search(task, T4, 512)
+        ratios.append(plan.block * task.new / plan.seconds / max(by_rule(task, T4, on) for on in (False, True)))
+    claim("flexgen-offload", "plans-beat-rules", min(ratios))
+
+
+def test_a_block_spares_traffic(generator, tmp_path, claim):
+    """Oracle: bytes are counted; batch after batch, in the same memories, at that case's own best plan."""
+    model = testbed.subject().model
+    text = testbed.subject().text("held-out", 2_000)
+    prompts = text[torch.arange(16)[:, None] * 100 + torch.arange(32)]
+    task = task_of(model, 32, 5)
+    rows = footprint(task, 4, 4, streamed=True)
+    hardware = Hardware(device=rows[0, 9] + 0.3 * rows[0, 0], cpu=0.5 * rows[1, 1] + rows[1, 4], disk=1e9)
+    came, found = [], []
+    for most in (16, 4):
+        plan = search(task, hardware, most)
+        assert (plan.batch, plan.batches) == (4, most // 4)
+        (tmp_path / str(most)).mkdir()
+        offloaded = Offloaded(model, plan, tmp_path / str(most))
+        blocks = [
+            torch.stack([*offloaded.run(block, torch.zeros(len(block)), 5)], dim=1) for block in prompts.split(most)
+        ]
+        found.append(torch.cat(blocks))
+        came.append(sum(offloaded.traffic[kind]["cpu_to_device"] for kind in offloaded.traffic))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], generate(model, prompts, 5))
+    claim("flexgen-offload", "blocks-spare-traffic", came[1] / came[0])
+
+
+def test_a_model_is_larger_than_the_device(tmp_path, claim):
+    """Oracle: bytes of weights, caches and states, over those held on the device in any pass, embedding and output layer included."""
+    model = testbed.subject().model
+    plan = evaluate(task_of(model, 32, 8), Hardware(device=0, cpu=0, disk=0), 4, 4, (0, 0, 1, 0, 0, 1, 0, 0, 1))
+    prompts = testbed.subject().text("held-out", 2_000)[torch.arange(16)[:, None] * 100 + torch.arange(32)]
+    offloaded = Offloaded(model, plan, tmp_path)
+    resident = task_of(model, 32, 8).resident
+    most = max(offloaded.nbytes[0] + resident for _ in offloaded.run(prompts, torch.zeros(16), 8))
+    whole = float(footprint(task_of(model, 32, 8), 4, 16, streamed=True)[0, [0, 3, 6]].sum()) + resident
+    claim("flexgen-offload", "larger-than-the-device", whole / most)
+
+
+# Schedules
+
+
+def fewest_loads(layers, n, s, sequences, memory):
+    """Loads of a layer in the best of all schedules, by a search over all states.
+
+    Weights stay for one step; caches must be in the memory of so many entries from a sequence's first token to its last. A state is how
+    far each sequence has come, in layers of passes; a step loads a layer, and takes any of those that wait for it one layer on.
+    """
+
+    def held(done):
+        passes, more = divmod(done, layers)
+        return more * s if passes == 0 else layers * (s + passes - 1) + more
+
+    end = layers * n
+    seen, border, loads = {(0,) * sequences}, {(0,) * sequences}, 0
+    while (end,) * sequences not in seen:
+        loads, following = loads + 1, set()
+        for state, layer in itertools.product(border, range(layers)):
+            waiting = {done for done in state if done < end and done % layers == layer}
+            counts = {done: state.count(done) for done in state}
+            for taken in itertools.product(*(range(counts[done] + 1) for done in waiting)):
+                moved = list(state)
+                for done, count in zip(waiting, taken, strict=True):
+                    for _ in range(count):
+                        moved[moved.index(done)] = done + 1
+                before = sum(held(done) for done in state if done < end)
+                if before + sum(c * (held(d + 1) - held(d)) for d, c in zip(waiting, taken, strict=True)) <= memory:
+                    following.add(tuple(sorted(moved)))
+        border = following - seen
+        seen |= border
+    return loads
+
+
+def test_the_block_schedule_loads_at_most_twice_as_often_as_the_best(claim):
+    """Oracle: brute force over all schedules of small grids. Control: batch after batch, of one, is further off."""
+    ratios, control = [], []
+    for layers, n, s, block, sequences in ((2, 3, 1, 2, 10), (2, 4, 1, 2, 8), (3, 3, 1, 2, 6), (2, 2, 1, 2, 8)):
+        best = fewest_loads(layers, n, s, sequences, memory=block * layers * (s + n - 1))
+        ratios.append(sequences // block * n * layers / best)
+        control.append(sequences * n * layers / best)
+    assert min(ratios) >= 1 and max(ratios) > 1.2 and max(control) > 2
+    claim("flexgen-offload", "within-twice-the-best", max(ratios))

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refimpl.inference.system_level.design.offload_cost import Hardware, Task, evaluate, footprint, streams
+from refimpl.inference.system_level.design.offload_cost import Hardware, Task, footprint, streams
 from refimpl.inference.system_level.design.offload_plan import search, solve
 from refimpl.inference.system_level.design.simplex import Infeasible
-from tests.inference.system_level.design.opt import OPT_30B, OPT_175B, T4
 
 
 def small(memory=1.0):
@@ -93,32 +92,3 @@ def test_buffers_may_have_room_beside():
     assert plan.bytes[0] > tight.device
     with pytest.raises(Infeasible):
         solve(task, tight, 4, 2)
-
-
-def by_rule(task, hardware, on_device):
-    """The best that a fixed rule gives, in tokens a second: caches and activations on the device, batch after batch, batches as large as fit.
-
-    Args:
-        on_device: whether as many weights as fit are on the device; what is not there is in CPU memory, and on disk where that is full.
-    """
-    rates = []
-    for batch in range(1, 200):
-        rows = footprint(task, batch, batch, streamed=True)
-        room = hardware.device - rows[0, 3] - rows[0, 6] - rows[0, 9]
-        if room < 0:
-            break
-        device = min(1.0, room / rows[0, 0]) if on_device else 0.0
-        cpu = min(1.0 - device, max(0.0, (hardware.cpu - rows[1, 9] - task.weights) / rows[1, 1]))
-        plan = evaluate(task, hardware, batch, 1, (device, cpu, 1 - device - cpu, 1, 0, 0, 1, 0, 0))
-        assert plan.bytes[0] <= hardware.device * (1 + 1e-9) and plan.bytes[1] <= hardware.cpu * (1 + 1e-9)
-        rates.append(plan.block * task.new / plan.seconds)
-    return max(rates)
-
-
-def test_plans_beat_fixed_rules(claim):
-    """Oracle: two rules of other systems, at their best batch, under the same model: no weights on the device, or as many as fit."""
-    ratios = []
-    for task in (OPT_30B, OPT_175B):
-        plan = search(task, T4, 512)
-        ratios.append(plan.block * task.new / plan.seconds / max(by_rule(task, T4, on) for on in (False, True)))
-    claim("flexgen-offload", "plans-beat-rules", min(ratios))
