@@ -113,6 +113,23 @@ def test_padded_rows_say_what_they_say_alone(pair):
 
 
 @torch.no_grad()
+def test_the_prompt_is_over_when_a_single_token_follows_it(pair):
+    """Oracle: by hand: however long the prompt is, and once."""
+    told = []
+
+    class Notes(FullCache):
+        def compress_prefill(self):
+            told.append(self.length)
+
+    for prompt in (1, 5):
+        told.clear()
+        past = InTransformers(Notes(), 2)
+        for time in (prompt, 1, 1):
+            pair[0](tokens(time=time), past_key_values=past)
+        assert told == [prompt]
+
+
+@torch.no_grad()
 def test_a_sliding_window_of_theirs(tmp_path):
     """Oracle: their own cache, when everything is in the residual."""
     torch.manual_seed(0)

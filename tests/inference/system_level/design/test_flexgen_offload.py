@@ -2,6 +2,7 @@
 
 import itertools
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,16 @@ def test_passes_are_those_of_static_batching(plain, generator):
     served, other = (x.serve(plain, requests) for x in (method, StaticBatching(slots=4)))
     for name in ("tokens", "admitted", "first", "ended", "running", "held", "used", "prefill_tokens"):
         assert getattr(served, name) == getattr(other, name)
+
+
+def test_a_block_ends_with_the_last_of_its_answers(plain, generator):
+    """Oracle: by hand: two answers of nine end at their second token or before it, so that the third request's block is the pass after."""
+    first = trace(generator, [(5, 9, 0), (2, 9, 0), (3, 1, 0)])
+    requests = [replace(request, stop=frozenset({alone(plain, request)[1]})) for request in first[:2]] + first[2:]
+    served = FlexGenOffload(slots=2).serve(plain, requests)
+    assert served.tokens == [alone(plain, request) for request in requests]
+    passes = max(len(tokens) for tokens in served.tokens[:2])
+    assert passes <= 2 and served.admitted[2] == passes and served.iterations == passes + 1
 
 
 def test_nothing_stays_on_the_disk(plain, generator, tmp_path):
