@@ -31,3 +31,14 @@ def test_nothing_takes_little(device):
 def test_an_error_passes(device):
     with pytest.raises(ValueError, match="a method's own"), peak_of(device):
         raise ValueError("a method's own")
+
+
+def test_memory_used_again_counts():
+    """Oracle: arithmetic: 16 MiB in blocks that fit into what was freed just before, behind blocks that are still held."""
+    before = [torch.ones(MIB // 4) for _ in range(64)]
+    held = before[::8]
+    del before
+    with peak_of(torch.device("cpu")) as peak:
+        again = [torch.ones(MIB // 4) for _ in range(16)]
+    assert 0.9 * 16 * MIB < peak.bytes < 24 * MIB
+    assert len(held) + len(again) == 24

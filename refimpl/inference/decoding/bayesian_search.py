@@ -51,20 +51,20 @@ def maximize(
     if size < 1 or trials < 1:
         raise ValueError(f"size={size} and trials={trials} must both be at least 1")
     tried: list[tuple[Tensor, float]] = []
-    seen: set[tuple[bool, ...]] = set()
     following = torch.rand(size, generator=generator) > 0.5
     while True:
         found = float(value(following))
         if not math.isfinite(found):
             raise ValueError(f"value of {following.tolist()} is {found}: it must be finite")
         tried.append((following, found))
-        seen.add(tuple(following.tolist()))
         best = max(tried, key=lambda pair: pair[1])[0]
-        if len(tried) == trials or len(seen) == 2**size:
+        if len(tried) == trials or len(tried) == 2**size:
             return best, tried
-        corners = torch.stack([x for x in _corners(best, generator) if tuple(x.tolist()) not in seen])
-        points, values = torch.stack([x for x, _ in tried]), torch.tensor([y for _, y in tried])
-        mean, deviation = posterior(points.double(), values.double(), corners.double())
+        points = torch.stack([x for x, _ in tried]).double()
+        values = torch.tensor([y for _, y in tried], dtype=torch.float64)
+        corners = _corners(best, generator)
+        corners = corners[torch.cdist(corners.double(), points, p=1).amin(dim=1) > 0]  # each is tried once
+        mean, deviation = posterior(points, values, corners.double())
         following = corners[int((mean + DEVIATIONS * deviation).argmax())]
 
 

@@ -130,8 +130,9 @@ def _read(target: Decoder, rows: Rows, guesses: Guesses, cache: TreeCache, paddi
     tree, tokens = guesses.tree, guesses.tokens
     if cache.length == 0:
         before = rows.text[:, : int(rows.lengths[0]) - 1]
-        tree, tokens = tree.behind(before.shape[1]) if before.shape[1] else tree, torch.cat((before, tokens), dim=1)
-        left = torch.zeros_like(rows.lengths)
+        tokens, left = torch.cat((before, tokens), dim=1), torch.zeros_like(rows.lengths)
+        if not tree.is_chain:  # behind a text a chain is a chain, and who sees whom need not be written down
+            tree = tree.behind(before.shape[1])
     else:
         cache.truncate(rows.lengths - 1)
         left = cache.lengths

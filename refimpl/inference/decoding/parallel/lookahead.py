@@ -7,7 +7,9 @@ README.
 
 Differs from the paper: batches. Where a whole n-gram stands, the token that the call gives behind it is taken, too (the official
 code begins the next step without it). A token is drawn and looked up among the guesses, instead of accepting guesses in turn: the
-distribution is the same, see `grow_and_verify`. Random tokens of the window come from a generator of this module's, of seed 0, so that greedy
+distribution is the same, see `grow_and_verify`. Stop tokens do not stay in the window, which the official code sees to where it samples
+alone. With `from_prompt`, n-grams of the new text are those that stand in it (the official greedy search files repetitions of its last
+token where several were accepted). Random tokens of the window come from a generator of this module's, of seed 0, so that greedy
 decoding needs none.
 
 Not here: several devices; a window that jumps on by as many tokens as were accepted (off in the official code, too).

@@ -188,7 +188,7 @@ def _typical(
     logits = target.logits(hidden)
     p = probabilities(logits, temperature)
     parents = tree.parents.clamp(min=0)
-    chance = p[:, parents].gather(2, guesses.tokens[..., None]).squeeze(2)
+    chance = p[row[:, None], parents, guesses.tokens]
     plausible = (chance > typical(p, epsilon)[:, parents]) & guesses.open
     plausible[:, 0] = True
     stands = (plausible[:, None] | ~tree.sees).all(dim=2)  # [b, nodes]: all ancestors are plausible

@@ -4,8 +4,8 @@ Source: `medusa` (arXiv 2401.10774), the sections on Medusa heads, Medusa-1 and 
 FasterDecoding/Medusa@e2a5d20: medusa/model/medusa_model.py, medusa/train/train_legacy.py, medusa/eval/gen_results.py
 (`explore_graph`).
 
-Differs from the paper: none. A head has no bias, as in its formula and not as in the code, and further heads weigh less in the loss,
-as in its Medusa-1 and not as in train_legacy.py.
+Differs from the paper: none. The code for training does, in three things: its heads have a bias, they share the target's output matrix,
+which is not trained, and they all weigh alike in the loss.
 
 Not here: Medusa-2, which trains the target with the heads; more layers in a head.
 """

@@ -136,4 +136,6 @@ def lookup(
         here = same.any(dim=1) & ~found
         start = torch.where(here, same.int().argmax(dim=1) + size, start)
         found |= here
+        if bool(found.all()):
+            break
     return found, start

@@ -49,7 +49,11 @@ class Lists:
         return taken, sum(map(len, grams))
 
 
-@pytest.mark.parametrize(("w", "n", "g"), [(7, 5, 7), (3, 3, 2), (4, 2, 3), (1, 4, 1)])
+@pytest.mark.parametrize(
+    ("target", "w", "n", "g"),
+    [("full", 7, 5, 7), ("windows", 3, 3, 2), ("qwen", 4, 2, 3), ("full", 1, 4, 1)],
+    indirect=["target"],
+)
 def test_steps_are_those_of_lists(target, w, n, g):
     """Oracle: the algorithm over lists with whole forwards: tokens, calls, guesses and those that stood, of 40 tokens."""
     prompt, method = [5, 7, 33, 2], Lookahead(window=w, ngram=n, guesses=g)

@@ -70,10 +70,9 @@ def test_plausible_by_hand():
 # Whole texts
 
 
-@pytest.mark.parametrize("acceptance", ["typical", "exact"])
-def test_greedy_tokens_are_those_of_generate(target, acceptance):
+def test_greedy_tokens_are_those_of_generate(target):
     """Oracle: `generate`, alone and in a padded batch, with a stop token inside; heads as they begin, which are often wrong."""
-    heads, method = MedusaHeads(target, 3), Medusa(acceptance=acceptance)
+    heads, method = MedusaHeads(target, 3), Medusa()
     heads.paths = likeliest_paths(torch.tensor([[0.5, 0.3, 0.1]] * 3), 12)
     tokens, padding = pad(PROMPTS)
     whole = generate(target, tokens, 23, padding=padding)
@@ -93,7 +92,8 @@ def test_texts_have_the_targets_chances_where_acceptance_is_exact(generator, cla
         expected = chances(target, [1, 3], 3, temperature)
         given = {"draft": heads, "temperature": temperature, "generator": generator}
         exact, plausible = (
-            Medusa(acceptance=kind).decode(target, tokens, 3, **given).tokens for kind in ("exact", "typical")
+            Medusa(acceptance=kind).decode(target, tokens[:rows], 3, **given).tokens
+            for kind, rows in (("exact", 10_000), ("typical", 100))  # which makes no draws
         )
         worst = min(worst, p_value(number(exact, 4).bincount(minlength=64), expected))
         assert p_value(number(plausible, 4).bincount(minlength=64), expected) < 1e-9

@@ -140,7 +140,7 @@ def test_a_model_on_disk_takes_the_memory_of_two_layers(generator, tmp_path):
         for _ in offloaded.run(tokens, padding, 2):
             pass
     with peak_of(torch.device("cpu")) as whole:
-        held = torch.empty(12, offloaded.homes[0].elements)  # one block of memory, so large that it is new
+        held = torch.empty(12, offloaded.homes[0].elements)
         for home, room in zip(offloaded.homes, held, strict=True):
             home.load(room)
     assert 4e6 < layer < 5e6
