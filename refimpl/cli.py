@@ -573,19 +573,21 @@ def _show(document: dict[str, Any], as_json: bool) -> None:
     form = ", quick form" if document.get("quick") else ""
     places = "".join(f" {word} {document[name]}" for word, name in PLACES if name in document)
     out.print(f"\n[bold]{document['arena']}[/]{escape(places)}{form}  {escape(document['about'])}")
-    out.print(figures_view(document, {row["method"] for row in document["rows"]}))
+    out.print(figures_view(document, {row["method"] for row in document["rows"]}, out.width))
 
 
 def _show_failures(rows: "list[Row]") -> None:
     """Each error once, with the cells that raised it."""
-    errors: dict[tuple[str, str, str], list[Row]] = {}
+    errors: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.error:
-            errors.setdefault((row.arena, row.method, row.error), []).append(row)
-    for (arena, method, error), failed in errors.items():
+            errors.setdefault((row.arena, row.error), []).append(row)
+    for (arena, error), failed in errors.items():
         first = {**failed[0].settings, **failed[0].axes}
         others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        err.print(f"{arena}, {method} {first}{others}: {error}", markup=False, style="red")
+        also = ", ".join(dict.fromkeys(row.method for row in failed if row.method != failed[0].method))
+        others += f", also of {also}" if also else ""
+        err.print(f"{arena}, {failed[0].method} {first}{others}: {error}", markup=False, style="red")
     for arena in {row.arena: None for row in rows if row.error and ":" in row.method}:
         err.print(f"how the arena {arena} calls a method: {', '.join(_protocols(arena))}", markup=False)
 

@@ -18,6 +18,7 @@ from taxonomy import Category, Facets, Framework, Method, Paper, Taxonomy
 
 PLACES = (("on", "model"), ("of", "texts"))  # what may take the place of an arena's own
 SHORT = 4  # items of a setting that a table shows
+SETTINGS = 24  # characters of a table's column of settings, before they fold
 RUNS, READS = "[green]●[/]", "[dim]○[/]"
 
 
@@ -252,25 +253,56 @@ def _average(parts: Sequence[Sequence[dict[str, Any]]], metric: str) -> str:
     return number(sum(known) / len(known)) if len(known) == len(means) else "–"
 
 
-def figures_view(document: dict[str, Any], methods: set[str]) -> RenderableType:
-    """An arena's rows for the terminal."""
+def figures_view(document: dict[str, Any], methods: set[str], width: int) -> RenderableType:
+    """An arena's rows for a terminal of so many columns: what is too wide for it goes on in a further table."""
     parts: list[RenderableType] = []
     for sheet in sheets(document, methods):
-        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("method", style="cyan", overflow="fold")
-        with_settings = any(row.settings for row in sheet.rows)
-        for name in ["settings"] * with_settings + sheet.axes:
-            table.add_column(escape(name), style="dim")
-        for name in sheet.columns:
-            table.add_column(escape(name), justify="right")
-        for row in sheet.rows:
-            left = [escape(text) for text in [row.settings] * with_settings + row.axes]
-            cells = ["failed"] if row.error else row.cells
-            table.add_row(
-                escape(row.method), *left, *cells, style="bold" if row.method == document["baseline"] else None
-            )
-        parts += [Text(f"\n{sheet.title}", style="italic"), table] if sheet.title else [table]
+        parts += [Text(f"\n{sheet.title}", style="italic")] * bool(sheet.title)
+        tables = [_figures_table(sheet, columns, document["baseline"]) for columns in _fitting(sheet, width)]
+        parts += [part for table in tables for part in (Text(""), table)][1:]
     return Group(*parts)
+
+
+def _fitting(sheet: Sheet, width: int) -> list[range]:
+    """Columns of figures that stand beside each other, at least one; what is left of them may fold, a figure may not."""
+    left = [max(len("method"), *(len(row.method) for row in sheet.rows))]
+    settings = max(len(row.settings) for row in sheet.rows)
+    left += [min(SETTINGS, max(len("settings"), settings))] * bool(settings)
+    left += [
+        max(len(text) for text in [name, *column])
+        for name, column in zip(sheet.axes, _columns(sheet, "axes"), strict=True)
+    ]
+    rest = width - sum(left) - len(left)
+    groups, used = [range(0)], 0
+    for i, (name, cells) in enumerate(zip(sheet.columns, _columns(sheet, "cells"), strict=True)):
+        needed = 1 + max(map(len, [*name.split(), *cells]))
+        if used + needed > rest and len(groups[-1]):
+            groups.append(range(i, i))
+            used = 0
+        groups[-1] = range(groups[-1].start, i + 1)
+        used += needed
+    return groups
+
+
+def _columns(sheet: Sheet, part: str) -> list[tuple[str, ...]]:
+    return list(zip(*(getattr(row, part) for row in sheet.rows), strict=True))
+
+
+def _figures_table(sheet: Sheet, columns: Iterable[int], baseline: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", style="cyan", no_wrap=True)
+    with_settings = any(row.settings for row in sheet.rows)
+    if with_settings:
+        table.add_column("settings", style="dim", max_width=SETTINGS)
+    for name in sheet.axes:
+        table.add_column(escape(name), style="dim", no_wrap=True)
+    for i in columns:
+        table.add_column(escape(sheet.columns[i]), justify="right")
+    for row in sheet.rows:
+        left = [escape(text) for text in [row.settings] * with_settings + row.axes]
+        cells = ["failed" if row.error else row.cells[i] for i in columns]
+        table.add_row(escape(row.method), *left, *cells, style="bold" if row.method == baseline else None)
+    return table
 
 
 def arenas_view(arenas: Sequence[dict[str, Any]]) -> Table:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rich.console import Console
 
 import taxonomy
 from refimpl import cli, results, views
+from refimpl.bench.runner import Row
 from tests.small_tree import AWQ, FILES, GPTQ, LAYERS, LORA, RTN
 
 ROOT = Path(__file__).parents[1]
@@ -459,6 +461,18 @@ def test_run_shows_a_method_that_fails_and_fails_too(measuring, small):
     assert "failed" in out
 
 
+def test_a_fault_that_several_methods_meet_is_told_once(capsys):
+    """Oracle: by hand. Two methods fail in the same way, one of them twice, and one in another way."""
+    row = partial(Row, arena="a", seed=0, figures={})
+    rows = [row(method="none", settings={}, axes={"task": "x"}, error="ValueError: texts:3: no line")]
+    rows += [row(method="m", settings={"b": b}, error="ValueError: texts:3: no line") for b in (1, 2)]
+    rows += [row(method="m", settings={"b": 3}, error="ValueError: b=3")]
+    cli._show_failures(rows)
+    err = words(capsys.readouterr().err)
+    assert "a, none {'task': 'x'} and 2 more, also of m: ValueError: texts:3: no line" in err
+    assert err.count("texts:3") == 1 and "a, m {'b': 3}: ValueError: b=3" in err
+
+
 def test_a_failure_is_kept_and_run_again_on_request(measuring, small, monkeypatch):
     """Oracle: the arena, broken and mended; a failure that is stored is told until `--retry`."""
     from refimpl.arena import weights
@@ -846,7 +860,7 @@ def test_figures_are_means_over_seeds_with_their_spread():
     assert views.mean_text(rows[:2], "unknown") == "–"
     document = {"rows": rows, "metrics": [{"name": "e"}], "baseline": "o"}
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(views.figures_view(document, {"m", "n"}))
+    console.print(views.figures_view(document, {"m", "n"}, 80))
     assert [line.split() for line in console.export_text().splitlines()] == [
         ["method", "settings", "e"],
         ["m", "b", "1", "1.5", "±0.5"],

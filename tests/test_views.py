@@ -64,7 +64,7 @@ def test_figures_leave_out_rivals_that_were_not_asked_for_and_name_failures():
         "metrics": [{"name": "bytes"}],
         "rows": [row("none", 0), row("a", 0, bits=2), row("b", 0, bits=3), row("a", 0, error="ValueError: no", bits=9)],
     }
-    lines = text(views.figures_view(document, {"a"})).splitlines()
+    lines = text(views.figures_view(document, {"a"}, 80)).splitlines()
     assert [line.split() for line in lines] == [
         ["method", "settings", "bytes"],
         ["none", "10"],
@@ -120,8 +120,22 @@ def test_the_first_axis_makes_columns_and_the_others_stand_on_the_left():
         ("a", ["2"], ["12", "12", "12"]),
     ]
     assert second.title == "kept bytes (bytes) by task"
-    lines = text(views.figures_view(axes_document(rows), {"a"})).splitlines()
+    lines = text(views.figures_view(axes_document(rows), {"a"}, 80)).splitlines()
     assert "score (share) by task" in lines and ["none", "2", "2", "100", "51"] in [line.split() for line in lines]
+
+
+@pytest.mark.parametrize(("width", "heads"), [(80, 1), (50, 2), (40, 3), (10, 3)])
+def test_figures_that_do_not_fit_stand_in_a_further_table(width, heads):
+    """Oracle: by hand. 17 characters of method, 8 of settings and their gaps leave room for three, two and one of 9, 9 and 4."""
+    names = ("prompt bytes", "final bytes", "read")
+    figures = dict(zip(names, (1_997_568, 3_995_136, 1.5), strict=True))
+    rows = [{"method": "selective-context", "settings": {"b": 100}, "seed": 0, "figures": figures, "error": None}]
+    document = {"baseline": "none", "metrics": [{"name": name} for name in names], "rows": rows}
+    shown = text(views.figures_view(document, {"selective-context"}, width), width)
+    assert len([line for line in shown.splitlines() if line.startswith("method"[: min(width, 6)])]) == heads
+    if width > 10:
+        assert shown.count("selective-context") == heads
+        assert all(shown.count(figure) == 1 for figure in ("1,997,568", "3,995,136", "1.5"))
 
 
 def test_an_axis_of_numbers_has_no_mean_and_what_is_missing_is_a_dash():
