@@ -6,7 +6,8 @@ new tokens at most, and most answers end earlier: a length is drawn for each, an
 the request's stop token. So a server can't know lengths beforehand, and all servers meet the same ones.
 
 Time is counted in iterations of the model, which repeat from the seed; tokens per second depend on the machine, and on a CPU an
-iteration over eight requests takes far longer than one over a single request.
+iteration over eight requests takes far longer than one over a single request. What is offloaded lies in files or in other memory than the
+device's; on a CPU both are the machine's, and `device_bytes` counts what would be on a device.
 """
 
 from typing import Any
@@ -30,13 +31,14 @@ ABOUT = (
     "The testbed's model serves a queue of requests of varying length, half of which share a beginning: tokens a second, "
     "iterations, waiting, use of the slots, bytes of the caches and what share of them holds tokens."
 )
-VERSION = 1
+VERSION = 2
 METRICS = (
     Metric("tokens_per_second", "new tokens, over all requests", "higher", exact=False),
     Metric("iterations", "passes of the model", "lower"),
     Metric("waiting", "mean iterations from arrival to admission", "lower"),
     Metric("utilization", "share of the slots, over all iterations, that gave a token", "higher"),
     Metric("peak_bytes", "bytes of the caches at the peak", "lower"),
+    Metric("device_bytes", "bytes of weights and caches on the device at the peak", "lower"),
     Metric("peak_used", "share of them that holds tokens then", "higher"),
     Metric("share_used", "share of the bytes held that holds tokens, over all iterations", "higher"),
     Metric("prefill_tokens", "tokens computed to read prompts, padding and repetition included", "lower"),
@@ -69,6 +71,7 @@ def _figures(implementation: Any, settings: dict[str, Any], conditions: Conditio
         "waiting": served.waiting,
         "utilization": served.utilization,
         "peak_bytes": served.peak_bytes,
+        "device_bytes": served.device_bytes,
         "peak_used": served.peak_used / served.peak_bytes,
         "share_used": served.share_used,
         "prefill_tokens": served.prefill_tokens,

@@ -12,24 +12,25 @@ class Journal:
     Args:
         requests: in the order given.
         slots: that there are.
+        weights: bytes of the model's, which stay on the device.
 
     Attributes:
         clock: the iteration to come.
         answers: new tokens of each request so far.
 
     Examples:
-        >>> journal = Journal([Request(prompt=(5, 7), n=1)], slots=4)
+        >>> journal = Journal([Request(prompt=(5, 7), n=1)], slots=4, weights=100)
         >>> journal.admit(0, prefill=2)
         >>> journal.token(0, 8)
         >>> journal.end(0)
         >>> journal.iteration(running=1, held=32, used=32)
         >>> served = journal.served()
-        >>> served.tokens, served.ended, served.utilization, journal.clock
-        ([[8]], [0], 0.25, 1)
+        >>> served.tokens, served.ended, served.utilization, served.device_bytes, journal.clock
+        ([[8]], [0], 0.25, 132, 1)
     """
 
-    def __init__(self, requests: Sequence[Request], slots: int) -> None:
-        self._requests, self._slots, self._start = requests, slots, time.perf_counter()
+    def __init__(self, requests: Sequence[Request], slots: int, weights: int) -> None:
+        self._requests, self._slots, self._weights, self._start = requests, slots, weights, time.perf_counter()
         self.clock, self.preemptions, self._prefill = 0, 0, 0
         self.answers: list[list[int]] = [[] for _ in requests]
         self._admitted: dict[int, int] = {}
@@ -38,6 +39,7 @@ class Journal:
         self._running: list[int] = []
         self._held: list[int] = []
         self._used: list[int] = []
+        self._device: list[int] = []
 
     def admit(self, index: int, prefill: int) -> None:
         """A request's prompt, or again what was computed of it, is read in this iteration, `prefill` entries computed for it."""
@@ -53,11 +55,15 @@ class Journal:
         """A request's answer is given after this iteration."""
         self._ended[index] = self.clock
 
-    def iteration(self, running: int, held: int, used: int) -> None:
-        """This iteration is over: requests that got a token, bytes held and used during it."""
+    def iteration(self, running: int, held: int, used: int, device: int | None = None) -> None:
+        """This iteration is over: requests that got a token, bytes held and used during it, and those on the device.
+
+        Where `device` is None, all weights and all that is held are there.
+        """
         self._running.append(running)
         self._held.append(held)
         self._used.append(used)
+        self._device.append(self._weights + held if device is None else device)
         self.clock += 1
 
     def served(self) -> Served:
@@ -73,6 +79,7 @@ class Journal:
             running=self._running,
             held=self._held,
             used=self._used,
+            device=self._device,
             prefill_tokens=self._prefill,
             preemptions=self.preemptions,
             seconds=time.perf_counter() - self._start,

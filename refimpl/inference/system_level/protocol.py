@@ -83,6 +83,7 @@ class Served:
         running: requests that got a token, by iteration.
         held: bytes, by iteration.
         used: bytes, by iteration.
+        device: bytes of weights, caches and what is computed in that the device's memory holds, by iteration.
         prefill_tokens: entries computed in prefill, padding included.
         preemptions: how often a request was made to give up its memory.
         seconds: that it all took.
@@ -97,6 +98,7 @@ class Served:
     running: list[int]
     held: list[int]
     used: list[int]
+    device: list[int]
     prefill_tokens: int
     preemptions: int
     seconds: float
@@ -125,6 +127,11 @@ class Served:
     def peak_used(self) -> int:
         """Bytes used at the first iteration of the peak."""
         return self.used[self.held.index(self.peak_bytes)]
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device at the peak."""
+        return max(self.device)
 
     @property
     def share_used(self) -> float:
@@ -188,3 +195,8 @@ def entry_bytes(config: Config, dtype: torch.dtype) -> int:
         128
     """
     return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+
+
+def weight_bytes(model: Decoder) -> int:
+    """Bytes of all weights; what is tied counts once."""
+    return sum(parameter.nbytes for parameter in model.parameters())

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from refimpl.inference.system_level.journal import Journal
-from refimpl.inference.system_level.protocol import Request, Served, Watch
+from refimpl.inference.system_level.protocol import Request, Served, Watch, weight_bytes
 from refimpl.inference.system_level.selective_batching import Attend, Pass, read
 from refimpl.model.model import Decoder
 
@@ -94,7 +94,7 @@ def iterate(
         store: empty; it decides who fits in.
         watch: called with the store after each iteration, before those that ended release their memory.
     """
-    journal = Journal(requests, slots)
+    journal = Journal(requests, slots, weight_bytes(model))
     coming = sorted((Job(i, r, [*r.prompt]) for i, r in enumerate(requests)), key=_arrival)
     running: list[Job] = []  # in order of arrival
     while coming or running:

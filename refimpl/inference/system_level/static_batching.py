@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from refimpl.inference.system_level.journal import Journal
-from refimpl.inference.system_level.protocol import Request, Served, Serving, Watch, check_requests, entry_bytes
+from refimpl.inference.system_level.protocol import (
+    Request,
+    Served,
+    Serving,
+    Watch,
+    check_requests,
+    entry_bytes,
+    weight_bytes,
+)
 from refimpl.model.cache import FullCache
 from refimpl.model.generate import pad
 from refimpl.model.model import Decoder
@@ -35,7 +43,7 @@ class StaticBatching(Serving):
     def serve(self, model: Decoder, requests: Sequence[Request], watch: Watch | None = None) -> Served:
         """Answer all requests; see `protocol.Serving.serve`."""
         check_requests(model, requests, self.slots, self.memory)
-        journal = Journal(requests, self.slots)
+        journal = Journal(requests, self.slots, weight_bytes(model))
         waiting = sorted(range(len(requests)), key=lambda i: requests[i].arrival)
         while waiting:
             journal.clock = max(journal.clock, requests[waiting[0]].arrival)

@@ -6,7 +6,7 @@ from refimpl.inference.system_level.protocol import Request
 
 def test_written_by_hand():
     """Oracle: by hand: the second request is given up once and read again, which leaves its admission and first token as they were."""
-    journal = Journal([Request(prompt=(5,), n=2), Request(prompt=(8, 9), n=2, arrival=1)], slots=2)
+    journal = Journal([Request(prompt=(5,), n=2), Request(prompt=(8, 9), n=2, arrival=1)], slots=2, weights=1000)
     journal.admit(0, prefill=1)
     journal.token(0, 3)
     journal.iteration(running=1, held=40, used=10)
@@ -14,7 +14,7 @@ def test_written_by_hand():
     journal.token(0, 4)
     journal.token(1, 7)
     journal.end(0)
-    journal.iteration(running=2, held=80, used=60)
+    journal.iteration(running=2, held=80, used=60, device=300)
     journal.preemptions += 1
     journal.admit(1, prefill=3)
     journal.token(1, 6)
@@ -25,4 +25,5 @@ def test_written_by_hand():
     assert served.admitted == served.first == [0, 1] and served.ended == [1, 2]
     assert served.iterations == journal.clock == 3 and served.utilization == 4 / 6 and served.waiting == 0
     assert served.peak_bytes == 80 and served.peak_used == 60 and served.share_used == 90 / 200
+    assert served.device == [1040, 300, 1080] and served.device_bytes == 1080
     assert served.prefill_tokens == 6 and served.preemptions == 1 and served.seconds >= 0

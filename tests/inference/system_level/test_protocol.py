@@ -74,6 +74,15 @@ def test_memory_is_never_exceeded_and_nothing_is_left(method, plain, generator):
     assert all(store.held == 0 for store in seen)
 
 
+def test_weights_and_caches_lie_on_the_device(method, model, generator):
+    """Oracle: the storages of all tensors of the model, summed up here, and the bytes held; whoever can offload, but has room, adds buffers."""
+    method = replace(method, device=1.0) if hasattr(method, "device") else method
+    served, weights = method.serve(model, trace(generator)), sum(tensors(dict(model.named_parameters())).values())
+    beside = [device - weights - held for device, held in zip(served.device, served.held, strict=True)]
+    assert served.device_bytes == max(served.device)
+    assert all(x > 0 for x in beside) if hasattr(method, "device") else not any(beside)
+
+
 def test_counts_fit_together(method, plain, generator):
     """Oracle: by hand: a token a request and iteration; nobody is served before arriving, or is answered before the last token."""
     requests = trace(generator)

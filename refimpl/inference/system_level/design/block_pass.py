@@ -35,6 +35,7 @@ class Offloaded:
         weights: of a layer, by name; None takes the model's own.
 
     Attributes:
+        resident: bytes of the weights beside the layers', which stay on the device.
         traffic: bytes that have passed each link, by what they were: `weights`, `cache`, `activations`.
     """
 
@@ -44,6 +45,7 @@ class Offloaded:
         self.model, self.plan, self.folder = model, plan, folder
         self.traffic = {kind: Counter(dict.fromkeys(LINKS, 0)) for kind in ("weights", "cache", "activations")}
         like = model.embedding.weight
+        self.resident = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("layers."))
         self.homes = [
             SpreadWeights(
                 dict(block.named_parameters()) if weights is None else weights(j),

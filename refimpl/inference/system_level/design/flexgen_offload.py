@@ -24,7 +24,15 @@ from refimpl.inference.system_level.design.offload_cost import Hardware, Plan, T
 from refimpl.inference.system_level.design.offload_plan import search
 from refimpl.inference.system_level.design.tiers import Spread
 from refimpl.inference.system_level.journal import Journal
-from refimpl.inference.system_level.protocol import Request, Served, Serving, Watch, check_requests, entry_bytes
+from refimpl.inference.system_level.protocol import (
+    Request,
+    Served,
+    Serving,
+    Watch,
+    check_requests,
+    entry_bytes,
+    weight_bytes,
+)
 from refimpl.inference.system_level.static_batching import reserved
 from refimpl.model.generate import pad
 from refimpl.model.model import Decoder
@@ -86,7 +94,7 @@ class FlexGenOffload(Serving):
             ValueError: also if a layer's parameters are of several dtypes.
         """
         check_requests(model, requests, self.slots, self.memory)
-        plan, journal = self.plan(model, requests), Journal(requests, self.slots)
+        plan, journal = self.plan(model, requests), Journal(requests, self.slots, weight_bytes(model))
         waiting = sorted(range(len(requests)), key=lambda i: requests[i].arrival)
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             offloaded = Offloaded(model, plan, Path(folder))
@@ -124,7 +132,8 @@ class FlexGenOffload(Serving):
                 for i in block:
                     journal.end(i)
             held = Held(offloaded.caches)
-            journal.iteration(running=ran, held=held.held, used=used)
+            device = offloaded.resident + offloaded.nbytes[0]
+            journal.iteration(running=ran, held=held.held, used=used, device=device)
             if watch:
                 watch(held)
             if not going:

@@ -15,7 +15,9 @@ from refimpl.inference.system_level.design.offload_cost import Hardware, evaluat
 from refimpl.inference.system_level.design.offload_plan import search
 from refimpl.inference.system_level.protocol import Request
 from refimpl.inference.system_level.static_batching import StaticBatching
+from refimpl.model.config import Config
 from refimpl.model.generate import generate
+from refimpl.model.model import Decoder, initialize_
 from tests.inference.system_level.design.opt import OPT_30B, OPT_175B, T4
 from tests.inference.system_level.traces import alone, trace
 
@@ -43,6 +45,20 @@ def test_plans_stay_within_the_budgets(plain, generator):
         whole = footprint(task, 6, 6, streamed=True)[0, [0, 3, 6]].sum()
         held = [w * plan.weights[i] + c * plan.cache[i] + h * plan.activations[i] for i in range(3)]
         assert held[0] <= device * whole * (1 + 1e-9) and held[1] <= cpu * whole * (1 + 1e-9) and held[2] > 0
+
+
+def test_a_device_without_room_holds_little(generator):
+    """Oracle: by hand: of 24 layers' weights and caches, two buffers of weights and a batch's cache of one layer, beside the embeddings.
+
+    Control: static batching holds all of them.
+    """
+    deep = Config(vocabulary=61, d_model=32, n_layers=24, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40)
+    model, requests = initialize_(Decoder(deep), generator).requires_grad_(False), trace(generator)
+    served, other = (x.serve(model, requests) for x in (FlexGenOffload(slots=4, device=0.0), StaticBatching(slots=4)))
+    layer = 4 * (32 * 64 + 32 * 32 + 3 * 32 * 40 + 64)  # q and o, k and v, the feed-forward, two norms
+    around, longest = 4 * (2 * 61 * 32 + 32), 4 * 25 * 4 * (2 * 2 * 8 + 32)
+    assert around + 2 * layer < served.device_bytes < around + 2 * layer + longest
+    assert other.device_bytes == around + 24 * layer + other.peak_bytes and served.tokens == other.tokens
 
 
 def test_passes_are_those_of_static_batching(plain, generator):

@@ -169,7 +169,7 @@ def chats():
 
     weight = torch.zeros(1)
     config = Config(vocabulary=2, d_model=2, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=2, d_ff=2)
-    model = SimpleNamespace(config=config, embedding=SimpleNamespace(weight=weight), layers=[], logits=lambda ended: torch.nn.functional.one_hot(ended.long(), 2))  # fmt: skip
+    model = SimpleNamespace(config=config, embedding=SimpleNamespace(weight=weight), layers=[], parameters=lambda: [weight], logits=lambda ended: torch.nn.functional.one_hot(ended.long(), 2))  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduling, "read", read)
         yield SimpleNamespace(model=model, requests=requests, prompts=prompts, answers=answers)
