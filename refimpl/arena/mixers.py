@@ -2,7 +2,8 @@ r"""Sequence mixers trained on associative recall: what do they remember, in how
 
 Multi-query associative recall (Zoology, arXiv 2312.04927, Section 3): a text states pairs of a key and a value, then asks for
 every key in random order; right is the likeliest value at the key. Keys and values are drawn anew for each text from 16 of
-each kind. A model has two layers of one mixer and width 32, and no feed-forward; as all models of that paper have a short
+each kind. A model has two layers of one mixer and width 32, and no feed-forward; a layer is what the method's `build` makes, and so
+one of Griffin's holds the blocks of its pattern, and one of RWKV's has no channel mixing: `parameters` tells. As all models of that paper have a short
 convolution, the input of a position here holds the token before it too. All train from the seed at one learning rate on
 the same number of tokens, which is fewer texts where these are longer. A mixer may stay for long at what it would have if it
 knew the values of a text but not their keys, a third of 4 pairs, and leave it late: the curve shows it.
@@ -30,7 +31,8 @@ LENGTH = 1024  # positions at which bytes and seconds are measured
 
 ABOUT = (
     "Two layers of width 32 trained on associative recall of 4 or 16 pairs of a key and a value: share recalled, bytes "
-    "that a decoder holds after 1,024 tokens, and seconds for a token, read in one forward or generated step by step."
+    "that a decoder holds after 1,024 tokens, and seconds for a token, read in one forward or generated step by step. A "
+    "layer of Griffin holds the blocks of its pattern, one of RWKV no channel mixing."
 )
 VERSION = 1
 METRICS = (

@@ -1,10 +1,11 @@
 r"""Griffin: two blocks of a gated linear recurrence, one of local attention, and so on; a gated feed-forward after each.
 
-Source: `griffin` (arXiv 2402.19427), Sections 2.1 to 2.4, Eqs. (1) to (6); official code
+Source: `griffin` (arXiv 2402.19427), Sections 2.1 to 2.4, Eqs. (1) to (6), and Section 3 for pattern and window; official code
 google-deepmind/recurrentgemma@2efa84dac0e68e63547a27a18fa943c98f1c312e, recurrentgemma/torch/modules.py, layers.py, griffin.py.
 
 Differs from the paper: decays start with $a$ itself between 0.9 and 0.999, uniform in $a^2$, and convolutions with a standard
-deviation of 0.05, as in the official code; the paper draws $a^c$ there. A layer that `build` makes alone is a run of the
+deviation of 0.05, as in the official code; the paper draws $a^c$ there. The recurrence is as wide as the model unless a width
+is given, as in RecurrentGemma; the paper has about four thirds of it. A layer that `build` makes alone is a run of the
 pattern's blocks, each normalized before and added after, without feed-forward; a language model has them one by one.
 Recurrences are float32 at least in any model.
 

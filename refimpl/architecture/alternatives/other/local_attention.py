@@ -4,8 +4,9 @@ Source: `griffin` (arXiv 2402.19427), Section 2.3; official code
 google-deepmind/recurrentgemma@2efa84dac0e68e63547a27a18fa943c98f1c312e, recurrentgemma/torch/modules.py
 (`LocalAttentionBlock`, `_apply_rope`, `_compute_causal_mask`).
 
-Differs from the paper: queries are taken in blocks, so that scores of a whole text never stand at once; the official code
-forms them all. Keys and values lie in the order of their positions, where it writes round and round.
+Differs from the paper: a query sees its own position and `window` more, and rotary positions turn half of a head, both as in
+the official code; the paper says neither. Queries are taken in blocks, so that scores of a whole text never stand at once;
+the official code forms them all. Keys and values lie in the order of their positions, where it writes round and round.
 
 Not here: several texts in a row of tokens, more heads of keys and values.
 """

@@ -1,12 +1,13 @@
 r"""RWKV, version 4: a running weighted average with a decay for each channel, gated, and a gated feed-forward; no attention.
 
-Source: `rwkv` (arXiv 2305.13048), Eqs. (11) to (18); official code
+Source: `rwkv` (arXiv 2305.13048), Eqs. (11) to (18), Section 3.4 and Appendix E; official code
 BlinkDL/RWKV-LM@524481d5099b38d9bc8ef1e89209161b86c8011b, RWKV-v4neo/src/model.py and RWKV-v4neo/cuda/wkv_cuda.cu.
 
-Differs from the paper: `build` draws every matrix, orthogonal as the official code draws those that it does not set to zero; the
-zeros, after which a layer computes nothing before its first step, are set by the language model's `initialize`. Embeddings
-start uniform in $\pm 10^{-4}$, which the official README advises; v4neo takes the learning rate in the place of $10^{-4}$.
-The sums are float32 at least in any model.
+Differs from the paper: matrices start as in the official code, where what a branch adds is zero and values over time and keys
+over channels are orthogonal; Appendix E has it the other way round, what a branch adds normal and all others zero. `build`
+draws every matrix; the zeros, after which a layer adds nothing before its first step, are set by the language model's
+`initialize`. Embeddings start uniform in $\pm 10^{-4}$ as in Appendix E, where v4neo takes the learning rate for the bound. The
+sums are float32 at least in any model.
 
 Not here: later versions, the auxiliary loss on the largest logit, learning rates of their own for decays and bonuses, left
 padding, halving the stream every six layers for 16 bits.

@@ -1,10 +1,11 @@
 r"""RWKV's branch over time: receptance, key and value of the input mixed with the one before, and the weighted average.
 
-Source: `rwkv` (arXiv 2305.13048), Eqs. (11) to (13), (16) and (17), and the initial values of its appendix; official code
+Source: `rwkv` (arXiv 2305.13048), Eqs. (11) to (13), (16) and (17), and the initial values of Appendix E; official code
 BlinkDL/RWKV-LM@524481d5099b38d9bc8ef1e89209161b86c8011b, RWKV-v4neo/src/model.py (`RWKV_TimeMix`). Parameters have the names of Hugging Face's checkpoints.
 
-Differs from the paper: every matrix is drawn here, orthogonal as the official code draws those that it does not set to zero
-(`RWKVModel.initialize` sets the zeros). The average is float32 at least in any model.
+Differs from the paper: the receptance's mixture starts with the root of the key's, as in the official code, where Appendix E
+has half of it; the decay that Appendix E gives is that of $\ln w$. Every matrix is drawn here, orthogonal as the official code
+draws those that it does not set to zero (`RWKVModel.initialize` sets the zeros). The average is float32 at least in any model.
 
 Not here: the average itself (`wkv.py`).
 """

@@ -1,8 +1,7 @@
 r"""WKV: a running average of values, in which each weighs $e^k$ and loses $e^{-w}$ with each position, for all positions at once.
 
-Source: `rwkv` (arXiv 2305.13048), the definition of $wkv_t$ in the time-mixing block, and its recurrence with the largest
-exponent taken out, in the appendix; official code BlinkDL/RWKV-LM@524481d5099b38d9bc8ef1e89209161b86c8011b,
-RWKV-v4neo/cuda/wkv_cuda.cu.
+Source: `rwkv` (arXiv 2305.13048), Eq. (16), and its recurrence with the largest exponent taken out, Appendix D, Eqs. (23) to
+(28); official code BlinkDL/RWKV-LM@524481d5099b38d9bc8ef1e89209161b86c8011b, RWKV-v4neo/cuda/wkv_cuda.cu.
 
 Differs from the paper: the recurrence runs over all positions at once by a parallel scan, where the official kernel goes
 position by position with one thread for each channel. All exponents come from a running maximum of $k_i + i\,w$, and are
