@@ -26,7 +26,7 @@ ALL_CORNERS, SOME_CORNERS = 4096, 2048  # looked through all if there are no mor
 
 
 def maximize(
-    value: Callable[[Tensor], float], size: int, trials: int, generator: torch.Generator
+    value: Callable[[Tensor], float], size: int, trials: int, generator: torch.Generator, first: Tensor | None = None
 ) -> tuple[Tensor, list[tuple[Tensor, float]]]:
     """The best set of switches that was tried.
 
@@ -35,6 +35,7 @@ def maximize(
         size: switches, 1 or more.
         trials: calls of `value`; fewer if there are fewer sets.
         generator: source of the first set, and of those that are looked through where there are too many.
+        first: `[size]` booleans to begin with, in the place of a drawn set.
 
     Returns:
         The best set `[size]`, and all that were tried with their values, in order.
@@ -51,7 +52,7 @@ def maximize(
     if size < 1 or trials < 1:
         raise ValueError(f"size={size} and trials={trials} must both be at least 1")
     tried: list[tuple[Tensor, float]] = []
-    following = torch.rand(size, generator=generator) > 0.5
+    following = torch.rand(size, generator=generator) > 0.5 if first is None else first
     while True:
         found = float(value(following))
         if not math.isfinite(found):

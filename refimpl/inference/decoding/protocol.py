@@ -112,6 +112,19 @@ class Decoding(ABC):
         """
 
 
+def check_text(target: Decoder, text: Tensor) -> None:
+    """Check the tokens that a method trains or searches on.
+
+    Raises:
+        ValueError: not `[time]` whole numbers, or a token outside the vocabulary.
+    """
+    if text.ndim != 1 or text.is_floating_point():
+        raise ValueError(f"text of shape {tuple(text.shape)} and {text.dtype} must be [time] whole numbers")
+    low, high = (int(x) for x in text.aminmax()) if len(text) else (0, 0)
+    if low < 0 or high >= target.config.vocabulary:
+        raise ValueError(f"text ranges from {low} to {high}, the vocabulary from 0 to {target.config.vocabulary - 1}")
+
+
 @dataclass(frozen=True)
 class Plain(Decoding):
     """One call of the target for each token: what others are held against."""

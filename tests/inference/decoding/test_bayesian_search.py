@@ -8,7 +8,15 @@ import torch
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
-from refimpl.inference.decoding.bayesian_search import LENGTH_SCALES, NOISE, log_likelihood, matern, maximize, posterior
+from refimpl.inference.decoding.bayesian_search import (
+    LENGTH_SCALES,
+    NOISE,
+    _corners,
+    log_likelihood,
+    matern,
+    maximize,
+    posterior,
+)
 
 
 def cube(size):
@@ -76,6 +84,7 @@ def test_many_switches_are_not_listed(generator):
     """Oracle: by construction: the more of 60 switches are on, the better; the search goes on where one switch helps."""
     best, tried = maximize(lambda x: float(x.sum()), 60, 12, generator)
     assert best.sum() > tried[0][1] + 5
+    assert ((_corners(best, generator) ^ best).sum(dim=1) == 1).sum() == 60  # no drawn one is so near
 
 
 def test_few_sets_are_tried_once_each(generator):
@@ -94,6 +103,8 @@ def test_arguments_are_checked(generator):
 
 
 def test_what_is_least_known_is_tried_next(generator):
-    """Oracle: after one trial all means are equal, and the set that is farthest from it has the largest deviation."""
-    _, tried = maximize(lambda _: 1.0, 5, 2, generator)
-    assert torch.equal(tried[1][0], ~tried[0][0])
+    """Oracle: after one trial all means are equal, and the set that is farthest from it has the largest deviation; drawn, or given."""
+    for first in (None, torch.tensor([True, False, False, True, False])):
+        _, tried = maximize(lambda _: 1.0, 5, 2, generator, first)
+        assert torch.equal(tried[1][0], ~tried[0][0])
+        assert first is None or torch.equal(tried[0][0], first)

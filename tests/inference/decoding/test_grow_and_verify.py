@@ -137,3 +137,6 @@ def test_a_stop_token_inside_a_branch_ends_a_row(target):
     decoded = grow_and_verify(target, prompts, 9, grower, rule, stop={stop})
     assert torch.equal(decoded.tokens, generate(target, prompts, 9, stop={stop}))
     assert decoded.rounds[0] == 1 and decoded.accepted[0] == 1 + int(follows[0, 0] != stop)
+    grower = Scripted(follows, [[(0, 1), (0, 2)]] * 9)  # what is wrong behind the stop token was not replaced
+    decoded = grow_and_verify(target, prompts, 9, grower, rule, stop={int(follows[0, 0])})
+    assert (decoded.rounds[0], decoded.accepted[0], decoded.rejected[0]) == (1, 1, 0)

@@ -179,6 +179,24 @@ def test_arguments_are_checked(method, target, draft, arguments, message):
         method.decode(target, arguments.pop("tokens"), arguments.pop("n"), draft=draft, **arguments)
 
 
+@pytest.mark.parametrize("target", ["full"], indirect=True)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (torch.full((200,), 61), "text ranges from 61 to 61, the vocabulary from 0 to 60"),
+        (torch.full((200,), -1), "text ranges from -1 to -1"),
+        (torch.zeros(2, 200, dtype=torch.int64), r"text of shape \(2, 200\)"),
+        (torch.zeros(200), "torch.float32 must be"),
+        (torch.zeros(0, dtype=torch.int64), "a text of 0 tokens"),
+    ],
+)
+def test_text_is_checked(method, target, generator, text, message):
+    if type(method).prepare is Decoding.prepare:
+        pytest.skip("nothing is made of the text")
+    with pytest.raises(ValueError, match=message):
+        method.prepare(target, None, text, generator)
+
+
 def test_configuration_survives_yaml(method):
     assert type(method)(**yaml.safe_load(yaml.safe_dump(asdict(method)))) == method
 

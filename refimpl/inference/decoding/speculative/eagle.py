@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.inference.decoding.grow_and_verify import Guesses, choose, follow, grow_and_verify
-from refimpl.inference.decoding.protocol import Decoded, Decoding
+from refimpl.inference.decoding.protocol import Decoded, Decoding, check_text
 from refimpl.inference.decoding.speculative.feature_draft import FeatureDraft, train_draft
 from refimpl.inference.decoding.speculative.feature_tree import FeatureTree
 from refimpl.inference.decoding.speculative.speculative_sampling import residual
@@ -93,8 +93,9 @@ class Eagle(Decoding):
             generator: source of first weights, batches and noise.
 
         Raises:
-            ValueError: too short a text.
+            ValueError: too short a text, or tokens that the target does not have.
         """
+        check_text(target, text)
         batches = windows(text.to(target.embedding.weight.device), BATCH, LENGTH, generator)
         made = FeatureDraft(target, generator)
         train_draft(made, target, batches, self.steps, generator)
@@ -171,7 +172,6 @@ def accept_siblings(
     path, kept, going = [node], torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool)
     p = p_target[:, 0]
     for depth in range(1, int((guesses.open * guesses.tree.depths).max()) + 1):
-        going = going & (families[node, 0] >= 0)
         q = q_draft[row, which[node]]
         following, found = node, torch.zeros_like(going)
         for child in families[node].T:

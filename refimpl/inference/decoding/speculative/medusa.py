@@ -6,7 +6,8 @@ medusa/eval/gen_results.py (`explore_graph`), medusa/train/train_legacy.py.
 
 Differs from the paper: batches. Heads are trained here, in 100 steps on 256 tokens each, at the official learning rate; there on
 ShareGPT for two epochs. Which combinations are in the tree is found from the heads' hits on the same text, by the official rule;
-there from other text. A head has no bias, as in the paper's formula and not as in the code.
+there from other text. A head has no bias, as in the paper's formula and not as in the code. A branch ends where the tree has it end;
+the code fills it up to the longest with token 0, which then may stand, too.
 
 Not here: Medusa-2, which trains the target with the heads; self-distillation; nucleus sampling.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from refimpl.inference.decoding.draft_and_verify import Rows
 from refimpl.inference.decoding.grow_and_verify import Guesses, TreeRule, choose, follow, grow_and_verify
-from refimpl.inference.decoding.protocol import Decoded, Decoding
+from refimpl.inference.decoding.protocol import Decoded, Decoding, check_text
 from refimpl.inference.decoding.speculative.medusa_heads import TOP, MedusaHeads, likeliest_paths, train_heads
 from refimpl.inference.decoding.tree import Tree
 from refimpl.model.generate import check_arguments, probabilities
@@ -88,8 +89,9 @@ class Medusa(Decoding):
             generator: source of batches.
 
         Raises:
-            ValueError: too short a text.
+            ValueError: too short a text, or tokens that the target does not have.
         """
+        check_text(target, text)
         made, window = MedusaHeads(target, self.heads), LENGTH + self.heads
         batches = windows(text.to(target.embedding.weight.device), BATCH, window, generator)
         train_heads(made, target, batches, self.steps)

@@ -94,6 +94,23 @@ def test_the_last_grams_seen_stay(target):
     assert pool == {1: [(2, 3), (6, 7)], 8: [(2, 3)]}
 
 
+def test_grams_of_the_text_are_all_that_stand_in_it():
+    """Oracle: by hand: those of the prompts, then those that end in what came, whole or in part; none of the padding, nor is it drawn."""
+    tokens, padding = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]]), torch.tensor([2, 0])
+    window = _Window(Lookahead(ngram=3, from_prompt=True), None, tokens, padding, ())
+    rows = Rows.begin(tokens, 4, ())
+    window.propose(rows)
+    assert window.pools == [{1: [(2, 3)]}, {4: [(5, 6)], 5: [(6, 7)], 6: [(7, 8)]}]
+    rows.append(torch.tensor([[9], [9]]), torch.tensor([1, 0]), torch.tensor([1, 5]))
+    window.propose(rows)
+    assert window.pools == [
+        {1: [(2, 3)], 2: [(3, 9)], 3: [(9, 1)]},
+        {4: [(5, 6)], 5: [(6, 7)], 6: [(7, 8)], 7: [(8, 5)]},
+    ]
+    drawn = window._random(rows.text, rows.lengths, 200)
+    assert [{*row} for row in drawn.tolist()] == [{1, 2, 3, 9}, {4, 5, 6, 7, 8}]
+
+
 def test_what_follows_an_end_is_not_kept(target):
     """Oracle: by construction: a stop token that the target says everywhere does not come into the window."""
     method = Lookahead(window=3, ngram=3)

@@ -102,7 +102,9 @@ def test_it_learns_the_features_of_a_chain_and_leaves_the_target(chain, generato
 
 
 def test_training_is_the_papers(chain, generator, monkeypatch):
-    """Oracle: the paper: the weights of the losses, noise between -0.1 and 0.1, gradients of at most 0.5, AdamW's betas."""
+    """Oracle: the paper: the weights of the losses, noise between -0.1 and 0.1, gradients of at most 0.5, AdamW's betas; a linear rise
+    and fall of the rate by hand.
+    """
     target, _, _ = chain
     seen = []
 
@@ -122,6 +124,7 @@ def test_training_is_the_papers(chain, generator, monkeypatch):
     regression, classification = losses_of(draft, target, batch, noise)
     assert_close(whole, 1e4 * (regression + 0.1 * classification))
     assert module.BETAS == (0.9, 0.95)
+    assert [round(module._linear(done), 6) for done in (0, 0.05, 0.1, 0.55, 1)] == [0, 0.5, 1, 0.5, 0]
 
 
 def test_a_draft_as_a_decoder_takes_tokens(target, generator):

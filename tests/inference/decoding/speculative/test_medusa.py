@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from tests.inference.decoding.unseen import unseen_text
 PROMPTS = [[5, 7, 33, 2, 60, 1], [8], [3, 41, 5]]
 
 # Acceptance
+
+
+GIVEN = SimpleNamespace(logits=lambda hidden: hidden)  # a target whose hidden states are its logits
 
 
 def by_lists(tree, tokens, open_, logits, temperature, epsilon):
@@ -46,18 +50,22 @@ def test_typical_acceptance_is_that_of_lists(generator):
     logits = torch.randn(60, 9, 5, generator=generator) * (0.3 + 6 * torch.rand(60, 9, 1, generator=generator))
     tokens, open_ = torch.randint(0, 5, (60, 9), generator=generator), torch.rand(60, 9, generator=generator) > 0.1
     open_[:, 0] = False
-
-    class Given:
-        def logits(self, hidden):
-            return hidden
-
     path, kept, following = module._typical(
-        Guesses(tree, tokens, open_), logits, target=Given(), temperature=0.7, epsilon=0.09
+        Guesses(tree, tokens, open_), logits, target=GIVEN, temperature=0.7, epsilon=0.09
     )
     for row in range(60):
         length, nodes, token = by_lists(tree, tokens[row], open_[row], logits[row], 0.7, 0.09)
         assert (int(kept[row]), path[row, : length + 1].tolist(), int(following[row])) == (length, nodes, token)
     assert set(kept.tolist()) == {0, 1, 2, 3}
+
+
+def test_the_likelier_branch_by_hand():
+    """Oracle: by hand: of two branches of two plausible guesses, 0.6 * 0.4 is more than 0.4 * 0.5, though 0.5 is more than 0.4."""
+    tree = Tree.of([-1, 0, 0, 1, 2])
+    p = torch.tensor([[0.6, 0.4, 0.0], [0.4, 0.3, 0.3], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.1, 0.8, 0.1]])
+    guesses = Guesses(tree, torch.tensor([[2, 0, 1, 0, 0]]), torch.tensor([[False, True, True, True, True]]))
+    path, kept, following = module._typical(guesses, p.log()[None], target=GIVEN, temperature=1.0, epsilon=0.09)
+    assert (path.tolist(), kept.tolist(), following.tolist()) == ([[0, 1, 3]], [2], [2])
 
 
 def test_plausible_by_hand():

@@ -3,11 +3,13 @@
 import itertools
 import math
 
+import pytest
 import torch
 from torch.testing import assert_close
 
+from refimpl.inference.decoding.speculative import medusa_heads as module
 from refimpl.inference.decoding.speculative.medusa_heads import MedusaHeads, ahead, likeliest_paths
-from tests.inference.decoding.chances import markov
+from tests.inference.decoding.chances import markov, tiny
 
 # Heads
 
@@ -30,6 +32,19 @@ def test_a_head_says_what_stands_so_many_tokens_on():
     assert ahead(torch.arange(6)[None], 2).tolist() == [[[2, 3], [3, 4], [4, 5]]]
 
 
+@pytest.mark.parametrize("target", ["full"], indirect=True)
+def test_the_loss_and_the_rate_by_hand(target, generator):
+    """Oracle: the paper's sum, token by token: head k's surprise at what stands k + 1 tokens on, times 0.8 to the k; a cosine by hand."""
+    heads, batch = MedusaHeads(target, 3), torch.randint(0, 61, (2, 9), generator=generator)
+    with torch.no_grad():
+        heads.inner.normal_(generator=generator)
+        said = heads(target.hidden(batch)).log_softmax(-1)
+        each = [[-said[b, t, k - 1, batch[b, t + k + 1]] for b in range(2) for t in range(5)] for k in (1, 2, 3)]
+        expected = sum(0.8**k * sum(some) / 10 for k, some in enumerate(each, start=1))
+        assert_close(module._loss(heads, batch, target=target), expected, rtol=1e-4, atol=1e-4)
+    assert [round(module._cosine(done), 6) for done in (0, 0.05, 0.1, 0.325, 0.55, 1)] == [0, 0.5, 1, 0.853553, 0.5, 0]
+
+
 def test_trained_heads_know_the_powers_of_a_chain(chain):
     """Oracle: closed form: k + 1 steps of a Markov chain have the table's power as their chances; over 4,000 tokens of text.
 
@@ -46,6 +61,20 @@ def test_trained_heads_know_the_powers_of_a_chain(chain):
 
 
 # The tree
+
+
+def test_hits_are_counted_by_rank(generator):
+    """Oracle: by counting: where in a head's order the token stands that came k + 1 tokens on; heads differ."""
+    target = tiny(generator)
+    heads, batch = MedusaHeads(target, 3), torch.randint(0, 4, (2, 9), generator=generator)
+    with torch.no_grad():
+        heads.inner.normal_(generator=generator)
+        said = heads(target.hidden(batch))
+    counted = torch.zeros(3, 4, dtype=torch.float64)
+    for b, t, k in itertools.product(range(2), range(5), range(3)):
+        counted[k, said[b, t, k].argsort(descending=True).tolist().index(int(batch[b, t + k + 2]))] += 0.1
+    assert_close(heads.hits(target, batch), counted)
+    assert not torch.allclose(counted[0], counted[2])
 
 
 def test_the_tree_holds_the_likeliest_of_all_combinations(generator):

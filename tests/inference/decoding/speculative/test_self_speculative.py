@@ -86,12 +86,14 @@ def test_a_threshold_by_hand():
 
 
 def test_the_threshold_hears_of_every_round(generator, monkeypatch):
-    """Oracle: the counts that are returned: what the threshold was told, and the last round, which has none after it."""
-    told = []
+    """Oracle: the counts that are returned: what the threshold was told, and the last round, which has none after it; 0.6 and 0 at first."""
+    told, moved = [], [(torch.tensor([0.6]), torch.tensor([0.0]))]
 
     def spy(threshold, share, accepted, drafted, most, goal):
+        assert (threshold, share) == moved[-1]
         told.append((accepted, drafted))
-        return adapt(threshold, share, accepted, drafted, most, goal)
+        moved.append(adapt(threshold, share, accepted, drafted, most, goal))
+        return moved[-1]
 
     monkeypatch.setattr(module, "adapt", spy)
     target = half_idle(generator, 0.03)
@@ -131,6 +133,26 @@ def test_how_sure_a_draft_is_does_not_depend_on_the_temperature(generator, monke
         assert sure[:-1].all() and (not sure[-1] or len(sure) == 12)
         ends.add(len(sure))
     assert len(ends) > 1
+
+
+def test_rows_of_a_batch_have_their_own_thresholds(generator, monkeypatch):
+    """Oracle: each prompt alone: the same rounds, and as many guesses; a threshold hears of no guess that there was no room for."""
+    target, told = half_idle(generator, 0.03), torch.zeros(3)
+
+    def spy(threshold, share, accepted, drafted, most, goal):
+        told.add_(drafted)
+        return adapt(threshold, share, accepted, drafted, most, goal)
+
+    tokens, draft = torch.randint(0, 61, (3, 6), generator=generator), Thinned(target, IDLE)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "adapt", spy)
+        together = SelfSpeculative(guesses=5).decode(target, tokens, 30, draft=draft)
+    assert (told <= together.drafted).all()
+    for i in range(3):
+        alone = SelfSpeculative(guesses=5).decode(target, tokens[i : i + 1], 30, draft=draft)
+        for name in ("rounds", "drafted", "accepted", "rejected"):
+            assert getattr(alone, name).item() == getattr(together, name)[i]
+    assert len({*together.rounds.tolist()}) > 1  # control: they part
 
 
 def vain(decoded):
@@ -181,7 +203,8 @@ def test_guesses_that_all_stand_would_be_found_out(generator, monkeypatch):
 def test_the_search_finds_what_may_be_left_out(generator, claim):
     """Oracle: by construction, half of the sub-layers hardly matter; tokens for each reading of all weights, 1 for plain decoding.
 
-    Found by 16 trials of 256 sets, and better than leaving out nothing, all, or those that matter.
+    Found by 16 trials of 256 sets, and better than leaving out nothing, all, or those that matter. The first is nothing, so that a
+    search that finds nothing better is no slower than plain decoding.
     """
     target = half_idle(generator, 0.005)
     method, text = SelfSpeculative(), torch.randint(0, 61, (600,), generator=generator)
@@ -192,6 +215,7 @@ def test_the_search_finds_what_may_be_left_out(generator, claim):
     found = method._speed(target, draft, prompts)
     for skipped in (torch.zeros(2, 4), torch.ones(2, 4), 1 - IDLE):
         assert method._speed(target, Thinned(target, skipped), prompts) < found
+    assert not SelfSpeculative(trials=1).prepare(target, None, text, generator).skipped.any()
     claim("self-speculative", "speed", found)
     owned = {id(parameter) for parameter in target.parameters()}
     extra = [parameter for parameter in draft.parameters() if id(parameter) not in owned]
@@ -252,5 +276,5 @@ def test_settings_are_checked(settings, message):
 
 
 def test_too_short_a_text_is_refused(target, generator):
-    with pytest.raises(ValueError, match=r"text of shape \(64,\) must be \[time\], of more than 64"):
+    with pytest.raises(ValueError, match="a text of 64 tokens is too short: it must have more than 64"):
         SelfSpeculative().prepare(target, None, torch.zeros(64, dtype=torch.int64), generator)
