@@ -154,12 +154,12 @@ def claims_view(measured: dict[tuple[str, str], dict[str, Any]], methods: Sequen
                 if row["holds"]
                 else ("does not hold", "red")
             )
-            found = f", measured {row['value']:.4g}" if row else ""
+            found = f"measured {row['value']:.4g}, " if row else ""
             parts += [
                 Text.assemble((f"{m.id}/{c.id}", "cyan"), "  ", verdict),
                 Padding(Text(c.says), (0, 0, 0, 2)),
                 Padding(
-                    Text(f"{c.source.paper}, {c.source.where}: expected {c.expect}{found}", style="dim"), (0, 0, 0, 2)
+                    Text(f"{c.source.paper}, {c.source.where}: {found}expected {c.expect}", style="dim"), (0, 0, 0, 2)
                 ),
             ]
             if row and not row["holds"] and c.why:
