@@ -351,7 +351,7 @@ def mean_text(rows: Sequence[dict[str, Any]], metric: str) -> str:
     if middle is None:
         return "–"
     spread = (max(values) - min(values)) / 2
-    return number(middle) + (f" ±{spread:.1g}" if spread else "")
+    return number(middle) + (f" ±{number(float(f'{spread:.1g}'))}" if spread else "")
 
 
 def mean(rows: Sequence[dict[str, Any]], metric: str) -> float | None:
@@ -361,9 +361,9 @@ def mean(rows: Sequence[dict[str, Any]], metric: str) -> float | None:
 
 
 def number(value: float) -> str:
-    """Four digits, thousands separated: `12,800`, `0.0312`, `5.2e-06`."""
+    """Four digits or all before the point, thousands separated: `12,800`, `0.0312`, `5.2e-06`."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4g}"

@@ -23,6 +23,8 @@ def text(renderable, width=80):
         (0, "0"),
         (-3.0, "-3"),
         (123456.7, "123,457"),
+        (6784.33, "6,784"),
+        (999.96, "1000"),
         (float("nan"), "nan"),
         (float("inf"), "inf"),
     ],
@@ -40,6 +42,7 @@ def test_means_over_seeds_with_half_the_range():
     """Oracle: by hand. 10 and 12: mean 11, half of the range 1; one seed has no spread, an absent figure no mean."""
     assert views.mean_text([row("a", 0), row("a", 1)], "bytes") == "11 ±1"
     assert views.mean_text([row("a", 0)], "bytes") == "10"
+    assert views.mean_text([row("a", 0), row("a", 345)], "bytes") == "355 ±300"  # one digit of 345
     assert views.mean_text([row("a", 0)], "seconds") == "–"
 
 
