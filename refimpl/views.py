@@ -297,7 +297,7 @@ def _figures_table(sheet: Sheet, columns: Iterable[int], baseline: str) -> Table
     for name in sheet.axes:
         table.add_column(escape(name), style="dim", no_wrap=True)
     for i in columns:
-        table.add_column(escape(sheet.columns[i]), justify="right")
+        table.add_column(escape(sheet.columns[i]).replace(" ", "\n"), justify="right", no_wrap=True)
     for row in sheet.rows:
         left = [escape(text) for text in [row.settings] * with_settings + row.axes]
         cells = ["failed" if row.error else row.cells[i] for i in columns]

@@ -127,7 +127,7 @@ def test_the_first_axis_makes_columns_and_the_others_stand_on_the_left():
     assert "score (share) by task" in lines and ["none", "2", "2", "100", "51"] in [line.split() for line in lines]
 
 
-@pytest.mark.parametrize(("width", "heads"), [(80, 1), (50, 2), (40, 3), (10, 3)])
+@pytest.mark.parametrize(("width", "heads"), [(80, 1), (50, 2), (40, 3)])
 def test_figures_that_do_not_fit_stand_in_a_further_table(width, heads):
     """Oracle: by hand. 17 characters of method, 8 of settings and their gaps leave room for three, two and one of 9, 9 and 4."""
     names = ("prompt bytes", "final bytes", "read")
@@ -135,10 +135,8 @@ def test_figures_that_do_not_fit_stand_in_a_further_table(width, heads):
     rows = [{"method": "selective-context", "settings": {"b": 100}, "seed": 0, "figures": figures, "error": None}]
     document = {"baseline": "none", "metrics": [{"name": name} for name in names], "rows": rows}
     shown = text(views.figures_view(document, {"selective-context"}, width), width)
-    assert len([line for line in shown.splitlines() if line.startswith("method"[: min(width, 6)])]) == heads
-    if width > 10:
-        assert shown.count("selective-context") == heads
-        assert all(shown.count(figure) == 1 for figure in ("1,997,568", "3,995,136", "1.5"))
+    assert shown.count("method") == shown.count("selective-context") == heads
+    assert all(shown.count(figure) == 1 for figure in ("1,997,568", "3,995,136", "1.5"))
 
 
 def test_an_axis_of_numbers_has_no_mean_and_what_is_missing_is_a_dash():
