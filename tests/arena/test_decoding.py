@@ -1,5 +1,6 @@
 """The decoding arena: its figures, and that all methods meet the same target, draft and prompts."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,23 @@ def test_a_draft_that_is_the_target_is_always_right(monkeypatch):
     figures = arena.measure(SpeculativeSampling, {"gamma": 2}, conditions())
     assert figures["target_calls_per_token"] == pytest.approx(4 / 12)
     assert figures["accepted_share"] == 1 and figures["expected_speedup"] == pytest.approx(1.0)
+
+
+def test_guesses_of_a_tree_count_along_its_longest_branch():
+    """Oracle: by hand: 30 guesses of a row in branches of 12 together, of which 6 stand: a half; of a chain of 30 it is a fifth."""
+
+    class Branching(Plain):
+        depth = torch.tensor([12])
+
+        def decode(self, target, tokens, n, **given):
+            counts = {"drafted": torch.tensor([30]), "accepted": torch.tensor([6]), "depth": self.depth}
+            return replace(super().decode(target, tokens, n, **given), **counts)
+
+    class Chain(Branching):
+        depth = None
+
+    assert arena.measure(Branching, {}, conditions())["accepted_share"] == 0.5
+    assert arena.measure(Chain, {}, conditions())["accepted_share"] == 0.2
 
 
 def test_wrong_text_is_seen():
