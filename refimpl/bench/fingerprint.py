@@ -27,27 +27,51 @@ TEXT_FILES = ("*.json", "*.jsonl", "*.txt")
 FileDigest = Callable[[Path], str]
 
 
-def determinants(cell: Cell, file_digest: FileDigest) -> dict[str, Any]:
-    """What the cell's figures depend on, as JSON; `file_digest` gives the digest of a large file."""
-    modules = [f"refimpl.arena.{cell.arena}"]
-    modules += [cell.implementation.partition(":")[0]] if cell.implementation else []
-    return {
-        "form": FORM,
-        "arena": cell.arena,
-        "version": open_arena(cell.arena).VERSION,
-        "implementation": cell.implementation,
-        "settings": cell.settings,
-        "axes": cell.axes,
-        "seed": cell.seed,
-        "quick": cell.quick,
-        "device": torch.device(cell.device).type,
-        "model": model_digest(Path(cell.model), file_digest) if cell.model else None,
-        "code": code_digest(modules),
-        "testbed": testbed_digest(file_digest) if any(map(_of_testbed, sources(modules))) else None,
-        "torch": str(torch.__version__),
-        **({"texts": texts_digest(Path(cell.texts), file_digest)} if cell.texts else {}),
-        **({"weights": weights} if (weights := weights_digest(modules, file_digest)) else {}),
-    }
+def determinants(cells: Iterable[Cell], file_digest: FileDigest) -> list[dict[str, Any]]:
+    """What each cell's figures depend on, as JSON; `file_digest` gives the digest of a large file.
+
+    What cells share, their code and files, is looked at once: a full arena has thousands of cells of a few methods.
+    """
+
+    @cache
+    def of_code(*modules: str) -> dict[str, Any]:
+        testbed = any(map(_of_testbed, sources(modules)))
+        return {
+            "code": code_digest(modules),
+            "testbed": testbed_digest(file_digest) if testbed else None,
+            **({"weights": weights} if (weights := weights_digest(modules, file_digest)) else {}),
+        }
+
+    @cache
+    def of_model(folder: str) -> str:
+        return model_digest(Path(folder), file_digest)
+
+    @cache
+    def of_texts(folder: str) -> str:
+        return texts_digest(Path(folder), file_digest)
+
+    return [
+        {
+            "form": FORM,
+            "arena": cell.arena,
+            "version": open_arena(cell.arena).VERSION,
+            "implementation": cell.implementation,
+            "settings": cell.settings,
+            "axes": cell.axes,
+            "seed": cell.seed,
+            "quick": cell.quick,
+            "device": torch.device(cell.device).type,
+            "model": of_model(cell.model) if cell.model else None,
+            "torch": str(torch.__version__),
+            **of_code(*_modules(cell)),
+            **({"texts": of_texts(cell.texts)} if cell.texts else {}),
+        }
+        for cell in cells
+    ]
+
+
+def _modules(cell: Cell) -> list[str]:
+    return [f"refimpl.arena.{cell.arena}", *([cell.implementation.partition(":")[0]] if cell.implementation else [])]
 
 
 def key(determined: dict[str, Any]) -> str:

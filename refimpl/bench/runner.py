@@ -53,7 +53,7 @@ def run(
         wait: called while all that is left is computed by other runs.
     """
     told = told or Told()
-    known = [determinants(cell, store.digest) for cell in cells]
+    known = determinants(cells, store.digest)
     keys = [key(each) for each in known]
     unique = {k: (cell, each) for k, cell, each in zip(keys, cells, known, strict=True)}
     outcomes = store.finished(unique, retry=retry)

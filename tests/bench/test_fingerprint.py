@@ -13,7 +13,7 @@ from tests.bench.conftest import toy
 
 
 def key_of(cell):
-    return key(determinants(cell, content_digest))
+    return key(determinants([cell], content_digest)[0])
 
 
 def edit(path, old, new):
@@ -21,6 +21,31 @@ def edit(path, old, new):
     assert old in text
     path.write_text(text.replace(old, new, 1))
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))  # however coarse the clock of the file system
+
+
+def test_cells_looked_at_together_have_the_keys_that_each_has_alone(toys, tmp_path):
+    """Code and files are looked at once for all cells that share them, and for those alone."""
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    cells = [
+        toy(),
+        toy(implementation="refimpl.toys.methods:Bad"),
+        toy(implementation="refimpl.bench.cells:Cell"),
+        toy(model=str(tmp_path / "model")),
+        toy(model=str(tmp_path / "other")),
+        toy(texts=str(tmp_path / "model")),
+    ]
+    together = [key(each) for each in determinants(cells, content_digest)]
+    assert together == [key_of(cell) for cell in cells]
+    assert len(set(together)) == len(cells)
+
+
+def test_a_file_is_read_once_for_all_cells(toys, tmp_path):
+    (tmp_path / "config.json").write_text("one")
+    read = []
+    determinants([toy(gain=float(gain), model=str(tmp_path)) for gain in range(3)], lambda path: read.append(path) or "digest")
+    assert read == [tmp_path / "config.json"]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_an_interrupt_leaves_what_is_done_and_gives_back_the_rest(toys, store, p
 def test_cells_of_another_run_are_left_to_it_and_read_at_the_end(toys, store, pool, marks):
     """The other run, in this process, finishes its cell while this one has nothing else to do but wait."""
     mine, others = toy(gain=1.0, marks=marks), toy(gain=2.0, marks=marks)
-    determined = determinants(others, store.digest)
+    (determined,) = determinants([others], store.digest)
     with Store(store.path) as other:
         assert other.claim(key(determined), determined, ("toy", "Good"))
         waited = []
@@ -118,7 +118,7 @@ def test_cells_of_another_run_are_left_to_it_and_read_at_the_end(toys, store, po
 
 def test_what_another_run_gives_back_is_taken_up(toys, store, pool, marks):
     cell = toy(gain=2.0, marks=marks)
-    determined = determinants(cell, store.digest)
+    (determined,) = determinants([cell], store.digest)
     with Store(store.path) as other:
         other.claim(key(determined), determined, ("toy", "Good"))
         run([cell], store, pool, wait=other.release)
