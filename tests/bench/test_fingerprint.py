@@ -44,7 +44,9 @@ def test_cells_looked_at_together_have_the_keys_that_each_has_alone(toys, tmp_pa
 def test_a_file_is_read_once_for_all_cells(toys, tmp_path):
     (tmp_path / "config.json").write_text("one")
     read = []
-    determinants([toy(gain=float(gain), model=str(tmp_path)) for gain in range(3)], lambda path: read.append(path) or "digest")
+    determinants(
+        [toy(gain=float(gain), model=str(tmp_path)) for gain in range(3)], lambda path: read.append(path) or "digest"
+    )
     assert read == [tmp_path / "config.json"]
 
 
