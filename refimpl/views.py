@@ -338,10 +338,14 @@ def settings_text(row: dict[str, Any]) -> str:
 
 
 def setting_text(value: Any) -> str:
-    """A setting's value; the items of a list stand side by side, of a long one the first."""
+    """A setting's value, `none`, `yes` or `no`; the items of a list stand side by side, of a long one the first."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if not isinstance(value, list):
         return str(value)
-    return " ".join(map(str, value[:SHORT])) + " …" * (len(value) > SHORT)
+    return " ".join(map(setting_text, value[:SHORT])) + " …" * (len(value) > SHORT)
 
 
 def mean_text(rows: Sequence[dict[str, Any]], metric: str) -> str:
