@@ -59,7 +59,10 @@ def test_settings_in_words():
     """Oracle: by hand."""
     assert views.settings_text(row("a", 0, group_size=32, target=["*q", "*v"])) == "group size 32, target *q *v"
     assert views.settings_text(row("a", 0, marks=[1, 12, 14, 26, 27])) == "marks 1 12 14 26 …"
-    assert views.settings_text(row("a", 0, group_size=None, act_order=False, dense=0)) == "group size none, act order no, dense 0"
+    assert (
+        views.settings_text(row("a", 0, group_size=None, act_order=False, dense=0))
+        == "group size none, act order no, dense 0"
+    )
 
 
 def test_figures_leave_out_rivals_that_were_not_asked_for_and_name_failures():

@@ -24,6 +24,7 @@ Not here: blocks of each query head's own (the code's `perhead`), look-up for se
 the CPU (faiss), `Decoder.score_bias`.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -90,9 +91,13 @@ class InfLLM:
 
     @property
     def sizes(self) -> Sizes:
-        """What is made of the budget: an eighth at most for the first tokens, and for a block; half of it for all blocks; a chunk within the window."""
-        initial, block = min(self.initial, self.budget // 8), max(1, min(self.block_size, self.budget // 8))
-        blocks = min(self.blocks, self.budget // 2 // block)
+        """What is made of the budget: the window has its official share at least, 32 of 49 tokens, what is left is shared by the first
+        tokens and blocks as they ask for it; a block has an eighth of the budget at most, and a chunk lies within the window."""
+        initial, inside, left = self.initial, self.blocks * self.block_size, self.budget * 17 // 49
+        if (asked := initial + inside) > left:
+            initial, inside = math.ceil(initial * left / asked), inside * left // asked
+        block = max(1, min(self.block_size, self.budget // 8))
+        blocks = inside // block
         local = self.budget - initial - blocks * block
         return Sizes(initial, block, blocks, local, min(self.chunk, local))
 

@@ -97,18 +97,18 @@ def test_chunks_of_one_are_token_by_token():
 
 @pytest.mark.parametrize("length", [30, 31, 50])
 def test_all_distant_tokens_are_at_the_windows_length(length):
-    """Oracle: by hand: keys alike, one radian a token: a near key's score is cos(distance), a far one's cos(10) however far it is."""
+    """Oracle: by hand: keys alike, one radian a token: a near key's score is cos(distance), a far one's cos(12) however far it is."""
     config = shape(n_heads=1, n_kv_heads=1, head_dim=2)
-    method = InfLLM(budget=16, initial=2, block_size=2, blocks=2, representatives=1)
-    assert method.sizes.local == 10
+    method = InfLLM(budget=18, initial=2, block_size=2, blocks=2, representatives=1)
+    assert method.sizes.local == 12
     raw, v = torch.tensor([1.0, 0.0]).expand(1, 1, length, 2), torch.zeros(1, 1, length, 2)
     v[:, :, 1] = 1
     *_, (_, found, positions) = feed(method.cache(config), config, raw, v, [20] + [1] * (length - 20))
     far = (
-        2 + 4 + (length - 1 - 2 - 10) % 2 + 1
+        2 + 4 + (length - 1 - 2 - 12) % 2 + 1
     )  # the first, two blocks, and what did not fill one before the last token came
-    near = sum(math.exp(math.cos(distance) / math.sqrt(2)) for distance in range(10))
-    distant = math.exp(math.cos(10) / math.sqrt(2))
+    near = sum(math.exp(math.cos(distance) / math.sqrt(2)) for distance in range(12))
+    distant = math.exp(math.cos(12) / math.sqrt(2))
     assert positions is None
     assert_close(found[0, 0, 0], torch.full((2,), distant / (near + far * distant)), **ANGLES)
 
@@ -116,12 +116,12 @@ def test_all_distant_tokens_are_at_the_windows_length(length):
 def test_stand_ins_by_hand():
     """Oracle: by hand: of a block's three keys the two that later queries look at stand for it: products are 12, -12 and 6."""
     config = shape(n_heads=1, n_kv_heads=1, head_dim=4, rope=Rope(theta=1e30))  # channels 1 and 3 do not turn
-    cache = InfLLM(budget=24, initial=0, block_size=3, blocks=4, representatives=2).cache(config)
-    k = torch.zeros(1, 1, 20, 4)
+    cache = InfLLM(budget=24, initial=0, block_size=3, blocks=2, representatives=2).cache(config)
+    k = torch.zeros(1, 1, 26, 4)
     k[0, 0, 0, 1], k[0, 0, 1, 3], k[0, 0, 2, 3] = 4.0, -4.0, 2.0
-    cache.update(0, k, k, torch.tensor([0.0, 3.0, 0.0, 3.0]).expand(1, 1, 20, 4), torch.arange(20)[None])
+    cache.update(0, k, k, torch.tensor([0.0, 3.0, 0.0, 3.0]).expand(1, 1, 26, 4), torch.arange(26)[None])
     layer = cache._layers[0][0]
-    assert (layer.sizes.local, layer.memory.count) == (12, 2)
+    assert (layer.sizes.local, layer.memory.count) == (18, 2)
     assert_close(layer.stand_ins.all()[0, 0], torch.tensor([[0.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]))
 
 
@@ -130,14 +130,20 @@ def test_stand_ins_by_hand():
     [
         (6272, (128, 128, 16, 4096, 512)),
         (6273, (128, 128, 16, 4097, 512)),
-        (224, (28, 28, 4, 84, 84)),
-        (12, (1, 1, 6, 5, 5)),
+        (224, (5, 28, 2, 163, 163)),
+        (12, (1, 1, 3, 8, 8)),
         (1, (0, 1, 0, 1, 1)),
     ],
 )
 def test_sizes_by_hand(budget, sizes):
     """Oracle: by hand; 6,272 is the official 128 + 16 * 128 + 4,096."""
     assert InfLLM(budget=budget).sizes == sizes
+
+
+def test_smaller_blocks_of_a_small_budget_keep_the_official_shares():
+    """Oracle: by hand: 2.0, 32.7 and 65.3 % of 224 tokens are 4.6, 73.1 and 146.3; blocks are whole, the window has the rest."""
+    assert InfLLM(budget=224, block_size=16, blocks=128).sizes == (5, 16, 4, 155, 155)
+    assert InfLLM(budget=224, initial=4, block_size=16, blocks=4).sizes == (4, 16, 4, 156, 156)
 
 
 def test_what_lies_where(device):
@@ -187,7 +193,7 @@ def remembered(blocks, apart):
     """Share of facts found at the end of a text, said `apart` tokens from each other, which were asked for soon after they were said, and not since."""
     model, facts = lookup_decoder(), [3, 8, 11]
     parts = [part for fact in facts for part in (apart, [fact, question(fact)])]
-    method = InfLLM(budget=256, block_size=16, blocks=blocks)
+    method = InfLLM(budget=256, initial=5, block_size=16, blocks=blocks)
     return share_right(model, method.cache(model.config), text(*parts, 1000), facts, chunk=1024)
 
 
@@ -205,7 +211,7 @@ def test_claim_passkey(claim):
     (model, tokenizer), task, scores = testbed.subject(), testbed.tasks.task("needle"), []
     for sample in testbed.tasks.samples("needle", 2, 896, torch.Generator().manual_seed(0)):
         prompt = torch.tensor([tokenizer.encode(sample.prompt).ids])
-        cache, ends = InfLLM(budget=224, block_size=16).cache(model.config), [tokenizer.token_to_id("Ċ")]
+        cache, ends = InfLLM(budget=224, block_size=16, blocks=128).cache(model.config), [tokenizer.token_to_id("Ċ")]
         said = generate(model, prompt, task.ANSWER_TOKENS, stop=ends, cache=cache)[0].tolist()
         scores.append(task.score(tokenizer.decode(said).split("\n")[0], sample.answer))
     claim("infllm", "passkey", statistics.fmean(scores))
@@ -216,7 +222,7 @@ def test_claim_beyond_the_trained_length(claim):
     """Twice the 1,024 tokens that the testbed's model was trained on; the last 512 count."""
     model = testbed.subject().model
     tokens = torch.as_tensor(testbed.corpus.tokens("held-out")[:2049]).long()[None]
-    cache, losses = InfLLM(budget=768, block_size=16).cache(model.config), []
+    cache, losses = InfLLM(budget=768, block_size=16, blocks=128).cache(model.config), []
     parts = [model.hidden(part, cache) for part in tokens[:, :2048].split(256, dim=1)]
     for hidden in (torch.cat(parts, dim=1), model.hidden(tokens[:, :2048])):
         losses.append(torch.nn.functional.cross_entropy(model.logits(hidden[0, 1536:]), tokens[0, 1537:]))
