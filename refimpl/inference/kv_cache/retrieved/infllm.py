@@ -91,8 +91,11 @@ class InfLLM:
 
     @property
     def sizes(self) -> Sizes:
-        """What is made of the budget: the window has its official share at least, 32 of 49 tokens, what is left is shared by the first
-        tokens and blocks as they ask for it; a block has an eighth of the budget at most, and a chunk lies within the window."""
+        """What is made of the budget.
+
+        The window has its official share at least, 32 of 49 tokens; the first tokens and the blocks share the rest as they ask for it.
+        A block has an eighth of the budget at most, a chunk lies within the window.
+        """
         initial, inside, left = self.initial, self.blocks * self.block_size, self.budget * 17 // 49
         if (asked := initial + inside) > left:
             initial, inside = math.ceil(initial * left / asked), inside * left // asked
