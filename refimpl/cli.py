@@ -410,14 +410,14 @@ def run(
             raise Refused(f"{method.id!r} has joined no arena; add `arena:` to taxonomy/{method.path}.yaml")
     if not chosen:
         chosen = [m for m in loaded.find(implemented=True) if m.arena]
-    elif jobs is None:
-        jobs = 1  # starting processes takes longer than a few quick cells
     with _needs_extra("run"):
         from refimpl.bench.cells import cells
 
         model = _check_place(device, model)
         todo = cells(chosen, seeds=range(seeds), quick=True, device=device, model=str(model) if model else None)
-    _measure(todo, jobs=jobs, retry=retry, store=store, output=output, as_json=as_json)
+    # Starting processes takes longer than a few quick cells.
+    engine = "here" if methods and jobs is None else "loky"
+    _measure(todo, jobs=jobs, engine=engine, retry=retry, store=store, output=output, as_json=as_json)
 
 
 @app.command()
@@ -436,7 +436,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Default settings only, and less of everything.")] = False,
     jobs: Jobs = None,
     engine: Annotated[
-        str, typer.Option(help="`loky`: processes of this machine; `ray`: a cluster, by `RAY_ADDRESS`.")
+        str, typer.Option(help="`loky`: processes of this machine; `ray`: a cluster, by `RAY_ADDRESS`; `here`: this process, for debuggers.")
     ] = "loky",
     retry: Retry = False,
     store: StoreFile = None,

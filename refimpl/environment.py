@@ -17,8 +17,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
     stamp: dict[str, Any] = {"commit": _git("rev-parse", "--short=12", "HEAD")}
     others = (":(top)", ":(top,exclude)docs/results")  # all but what this stamp is written into
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", *others)
-    stamp["dirty"] = None if status is None else bool(status)
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *others)
+    new = _git("ls-files", "--others", "--exclude-standard", "--", ":(top)refimpl", ":(top)taxonomy")
+    stamp["dirty"] = None if changed is None else bool(changed or new)
     stamp["python"] = platform.python_version()
     for name in PACKAGES:
         try:

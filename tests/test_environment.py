@@ -30,8 +30,8 @@ def test_environment_is_that_of_this_process():
     assert stamp["processor"]
 
 
-def test_the_dirty_flag_tells_whether_tracked_files_differ(monkeypatch, tmp_path):
-    """Oracle: git itself, in a small repository. Files it does not know do not count, nor those that results are written to."""
+def test_the_dirty_flag_tells_whether_code_differs_from_the_commit(monkeypatch, tmp_path):
+    """Oracle: git itself, in a small repository. Code and leaves that it does not know count, other files do not, nor those of results."""
     results, code = tmp_path / "docs/results/weights.json", tmp_path / "refimpl/rtn.py"
     for path in (results, code):
         path.parent.mkdir(parents=True)
@@ -43,6 +43,12 @@ def test_the_dirty_flag_tells_whether_tracked_files_differ(monkeypatch, tmp_path
     assert environment()["dirty"] is False
     (tmp_path / "new.py").write_text("unknown to git")
     results.write_text("after")
+    assert environment()["dirty"] is False
+    for path in (tmp_path / "refimpl/deep/mine.py", tmp_path / "taxonomy/mine.yaml"):
+        path.parent.mkdir()
+        path.write_text("a method that the commit does not have")
+        assert environment()["dirty"] is True
+        path.unlink()
     assert environment()["dirty"] is False
     code.write_text("after")
     assert environment()["dirty"] is True

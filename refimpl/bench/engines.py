@@ -22,8 +22,8 @@ warnings.filterwarnings(
     "ignore", r"\d+ tasks (have been successfully executed|which were still being processed)", UserWarning
 )
 
-Engine = Literal["loky", "ray"]
-ENGINES: tuple[Engine, ...] = ("loky", "ray")
+Engine = Literal["loky", "ray", "here"]
+ENGINES: tuple[Engine, ...] = ("loky", "ray", "here")
 Done = tuple[str, Outcome]
 
 
@@ -35,36 +35,40 @@ class Pool:
     """Computes cells, `jobs` at a time.
 
     Args:
-        engine: processes of this machine, or a Ray cluster.
+        engine: processes of this machine, a Ray cluster, or `here`, this process: quicker to begin, and a debugger follows; but a cell
+            that ends its process ends the run.
         jobs: cells at a time; None stands for one a core, or a single one on an accelerator, whose times sharing would spoil.
         device: what the cells compute on.
 
     Raises:
-        ValueError: jobs below 1.
+        ValueError: jobs below 1, or several in this process.
     """
 
     def __init__(self, engine: Engine = "loky", jobs: int | None = None, device: str = "cpu") -> None:
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs={jobs} must be at least 1")
+        if engine == "here":
+            if jobs not in (None, 1):
+                raise ValueError(f"jobs={jobs} must be 1 in this process; engine 'loky' has several")
+            jobs = 1
         accelerator = torch.device(device).type != "cpu"
         cores = _connect(accelerator) if engine == "ray" else cpu_count(only_physical_cores=True)
-        self.engine, self.jobs = engine, jobs or (1 if accelerator and engine == "loky" else max(1, cores))
+        self.engine, self.jobs = engine, jobs or (1 if accelerator and engine != "ray" else max(1, cores))
         self.threads = max(1, min(cores // self.jobs, torch.get_num_threads()))
         share = cores / max(2, self.jobs)
         self._held = {"num_gpus" if accelerator else "num_cpus": share if share < 1 else min(self.threads, int(share))}
 
-    def each(self, cells: Iterable[tuple[str, Cell]], *, alone: bool = False) -> Generator[Done]:
+    def each(self, cells: Iterable[tuple[str, Cell]]) -> Generator[Done]:
         """Keys with outcomes, as they finish; the next cell is taken from the iterable when a process is free.
 
         Args:
             cells: key and cell.
-            alone: in processes even if it is one at a time, so that a cell which ends its process ends nothing else.
 
         Raises:
             WorkerDied: with a cell that ended its process.
         """
         work = partial(compute, threads=self.threads, path=tuple(sys.path))
-        if self.engine == "loky" and self.jobs == 1 and not alone:
+        if self.engine == "here":
             yield from (work(*item) for item in cells)
             return
         jobs = max(2, self.jobs)  # joblib runs a single one in this process

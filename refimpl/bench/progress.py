@@ -1,5 +1,8 @@
 """What a run says of itself while it goes on."""
 
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -9,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from refimpl.bench.cells import Cell
 from refimpl.bench.store import Outcome
+
+LINE_EVERY = 60.0  # seconds
 
 
 class Told:
@@ -36,11 +41,24 @@ class Told:
 
 
 class Bar(Told):
-    """A bar on a terminal, and nothing elsewhere: cells done, time left, the cell handed out last, failures."""
+    """Cells done, time left, failures: a bar on a terminal, which names the cell handed out last; elsewhere a line, once a minute at most.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: where.
+        clock: seconds; cells take minutes, so the time left is told from all that were finished in the last hour.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock, self._said = console, clock, clock()
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=3600,
+            get_time=clock,
+        )
         self._task = TaskID(0)
 
     def __enter__(self) -> Self:
@@ -56,6 +74,7 @@ class Bar(Told):
         """Draw the bar; what was finished before is done already, and tells nothing about the time that is left."""
         super().begin(total, stored)
         self._task = self._bar.add_task("", total=total, completed=stored)
+        self._bar.advance(self._task, 0)  # from here on time counts
 
     def start(self, cell: Cell) -> None:
         """Name the cell."""
@@ -67,3 +86,9 @@ class Bar(Told):
         """Move on."""
         super().finish(outcome)
         self._bar.advance(self._task)
+        if not self._console.is_terminal and self.finished < self.total and self._clock() - self._said >= LINE_EVERY:
+            self._said = self._clock()
+            failures = f", {self.failed} failed" if self.failed else ""
+            left = self._bar.tasks[0].time_remaining
+            time_left = "" if left is None else f", {timedelta(seconds=left)} left"
+            self._console.print(f"{self.finished} of {self.total} cells{failures}{time_left}", highlight=False)

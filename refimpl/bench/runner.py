@@ -110,7 +110,7 @@ def _computed(pool: Pool, cells: Iterator[tuple[str, Cell]]) -> Generator[tuple[
 
 def _alone(pool: Pool, k: str, cell: Cell) -> Outcome:
     try:
-        return dict(pool.each([(k, cell)], alone=True))[k]
+        return dict(pool.each([(k, cell)]))[k]
     except WorkerDied as error:
         return Outcome(error=f"WorkerDied: the process that computed it ended: {error}")
 

@@ -161,7 +161,7 @@ from refimpl.bench.runner import run
 from refimpl.bench.store import Store
 cells = msgspec.json.decode(sys.argv[2], type=list[Cell])
 with Store(Path(sys.argv[1])) as store:
-    rows = run(cells, store, Pool("loky", 1))
+    rows = run(cells, store, Pool("here"))
 print(msgspec.json.encode(rows).decode())
 """
 

@@ -30,7 +30,7 @@ def test_processes_give_what_this_process_gives(toys, tmp_path):
     """Oracle: the same cells one after the other in this process; all but where and how long."""
     cells = [toy(gain=float(gain), seed=seed, marks=tmp_path / "marks") for gain in range(3) for seed in range(2)]
     cells.append(toy("Bad"))
-    here, there = outcomes(Pool("loky", 1), cells), outcomes(Pool("loky", 2), cells)
+    here, there = outcomes(Pool("here"), cells), outcomes(Pool("loky", 2), cells)
     assert here.keys() == there.keys() == {str(k) for k in range(7)}
     for k in here:
         assert (here[k].figures, here[k].curves, here[k].error) == (there[k].figures, there[k].curves, there[k].error)
@@ -48,8 +48,11 @@ def test_cores_are_shared_out(monkeypatch):
     assert [(pool.jobs, pool.threads) for pool in made] == [(8, 1), (1, 6), (2, 4), (3, 2), (8, 1), (16, 1)]
     shared = Pool("loky", None, "cuda")  # cells that share an accelerator would spoil each other's times
     assert (shared.jobs, shared.threads) == (1, 6)
+    assert (Pool("here").jobs, Pool("here", 1, "cuda").threads) == (1, 6)
     with pytest.raises(ValueError, match="jobs=0 must be at least 1"):
         Pool("loky", 0)
+    with pytest.raises(ValueError, match="jobs=2 must be 1 in this process; engine 'loky' has several"):
+        Pool("here", 2)
 
 
 def test_a_cell_computes_with_its_share_of_threads_and_leaves_no_trace(toys):
@@ -69,19 +72,16 @@ def test_what_a_method_prints_is_not_in_the_output(toys, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "hello")
 
 
-def test_a_process_that_dies_is_noticed_and_costs_its_cell_only(toys, tmp_path):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_process_that_dies_is_noticed_and_costs_its_cell_only(toys, tmp_path, jobs):
     """A cell that calls `os._exit`, among others, in real processes."""
-    pool = Pool("loky", 2)
+    pool = Pool("loky", jobs)
     cells = [toy(gain=1.0), toy("Deadly", gain=2.0), *(toy(gain=float(gain)) for gain in range(3, 6))]
     with Store(tmp_path / "b.sqlite") as store:
         rows = run(cells, store, pool)
     assert [row.error is None for row in rows] == [True, False, True, True, True]
     assert rows[1].error.startswith("WorkerDied: ")
-
-
-def test_one_at_a_time_can_still_be_in_a_process_of_its_own(toys):
-    [(key, outcome)] = Pool("loky", 1).each([("k", toy())], alone=True)
-    assert key == "k" and outcome.pid != os.getpid()
+    assert os.getpid() not in {row.pid for row in rows}
 
 
 CLUSTER = """
@@ -132,7 +132,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same(toys, store, tmp_path):
     finished = [row for row in said["rows"] if not row.get("error", "").startswith("WorkerDied")]
     assert {row["node"] for row in finished} == set(said["nodes"]) and len(said["nodes"]) == 2
     assert len({row["pid"] for row in finished}) >= 2
-    here = outcomes(Pool("loky", 1), cells[2:-1])
+    here = outcomes(Pool("here"), cells[2:-1])
     for k, row in enumerate(said["rows"][2:-1]):
         assert (row["figures"], row.get("error")) == (here[str(k)].figures, here[str(k)].error)
     assert said["rows"][-1]["error"].startswith("WorkerDied: ")

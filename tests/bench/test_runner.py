@@ -20,7 +20,7 @@ from tests.bench.conftest import another_process, toy
 
 @pytest.fixture
 def pool():
-    return Pool("loky", 1)
+    return Pool("here")
 
 
 @pytest.fixture
@@ -169,10 +169,10 @@ class Dies:
     def __init__(self):
         self.rounds = []
 
-    def each(self, cells, *, alone=False):
+    def each(self, cells):
         cells = iter(cells)
         while batch := list(itertools.islice(cells, 2)):
-            self.rounds.append(([cell.settings["gain"] for _, cell in batch], alone))
+            self.rounds.append([cell.settings["gain"] for _, cell in batch])
             if any(cell.settings["gain"] == 9 for _, cell in batch):
                 raise runner.WorkerDied("exit code -9")
             yield from ((k, Outcome(figures={"score": cell.settings["gain"]})) for k, cell in batch)
@@ -184,7 +184,7 @@ def test_a_cell_that_kills_its_process_is_found_and_the_others_go_on(toys, store
     rows = run([toy(gain=float(gain)) for gain in (1, 9, 2, 3)], store, pool)
     assert [row.figures.get("score") for row in rows] == [1, None, 2, 3]
     assert rows[1].error == "WorkerDied: the process that computed it ended: exit code -9"
-    assert pool.rounds == [([1, 9], False), ([1], True), ([9], True), ([2, 3], False)]
+    assert pool.rounds == [[1, 9], [1], [9], [2, 3]]
 
 
 def test_rows_of_before_axes_are_read():
