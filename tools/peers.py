@@ -35,7 +35,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Pair(msgspec.Struct, frozen=True, kw_only=True):
-    """A method beside its peer, on what `what` says; time and memory are ratios, ours over theirs."""
+    """A method, or `refimpl.model`, beside its peer, on what `what` says; time and memory are ratios, ours over theirs.
+
+    The last word of `peer` is the package whose version is `version`: `peft`, or `the procedure, written out in torch`.
+    """
 
     method: str
     peer: str
@@ -61,7 +64,7 @@ def compare(method: str, peer: str, what: str, ours: Callable[[], Any], theirs: 
         if a.shape != b.shape:
             raise ValueError(f"{method} returns {tuple(a.shape)} where {peer} returns {tuple(b.shape)}")
     difference = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
-    return Pair(method=method, peer=peer, version=version(peer), what=what, difference=difference)
+    return Pair(method=method, peer=peer, version=version(peer.rpartition(" ")[2]), what=what, difference=difference)
 
 
 def timed(pair: Pair, ours: Callable[[], Any], theirs: Callable[[], Any]) -> Pair:
@@ -129,6 +132,7 @@ def main(
             raise ValueError(f"unknown method {name!r}{taxonomy.near(name, loaded.methods)} (`effllm tree` lists all)")
     chosen = [loaded.methods[name] for name in methods or []] or loaded.find(implemented=True)
     files = [path for m in chosen if (path := test_file(m, CHECKOUT / "tests")).exists()]
+    files += [] if methods else [CHECKOUT / "tests/model/test_generate.py"]
     rows, failed, said = run_tests("peers", files, CHECKOUT, ["-n", "0"])  # one after the other: they are timed
     pairs = [msgspec.convert(row, Pair) for row in rows]
     path = output or fresh_folder() / "peers.json"

@@ -3,11 +3,15 @@
 import pytest
 import torch
 
+from refimpl import testbed
 from refimpl.model.cache import STEP, FullCache
 from refimpl.model.config import Config
+from refimpl.model.config_json import config_json
 from refimpl.model.generate import generate, pad
+from refimpl.model.load import _theirs as their_name
 from refimpl.model.load import load
 from refimpl.model.model import Decoder, initialize_
+from tests.model.conftest import KINDS
 
 CONFIG = Config(vocabulary=61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40)
 WINDOWS = Config(**{**vars(CONFIG), "sliding_window": (None, 5)})
@@ -39,14 +43,68 @@ def test_with_and_without_cache_alone_and_padded_whole_and_in_chunks(model):
     assert generate(model, tokens, 20).tolist() != expected  # control: padding that is not told is read
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2-mixed", "qwen3-mixed", "llama-yarn", "llama-dynamic"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_equal_those_of_transformers(checkpoint, kind):
-    """Peer: transformers 5.23.0, `generate` on the left-padded batch."""
-    peer, folder = checkpoint(kind)
+    """Peer: transformers 5.23.0, `generate` on the left-padded batch; and from below to beyond the 64 tokens of the context."""
+    theirs, folder = checkpoint(kind)
+    ours = load(folder)
     tokens, padding = pad(PROMPTS)
     mask = (torch.arange(tokens.shape[1]) >= padding[:, None]).long()
-    theirs = peer.generate(tokens, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
-    assert generate(load(folder), tokens, 20, padding=padding).tolist() == theirs[:, tokens.shape[1] :].tolist()
+    assert generate(ours, tokens, 20, padding=padding).tolist() == by_transformers(theirs, tokens, 20, mask).tolist()
+    long = torch.tensor([(PROMPTS[0] * 6)[:58]])
+    assert generate(ours, long, 12).tolist() == by_transformers(theirs, long, 12).tolist()
+
+
+def by_transformers(model, tokens, n, mask=None):
+    mask = torch.ones_like(tokens) if mask is None else mask
+    said = model.generate(
+        tokens, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0
+    )
+    return said[:, tokens.shape[1] :]
+
+
+def in_transformers(model):
+    """Its model of the same kind with the same tensors: what is compared shares the weights' memory."""
+    import transformers
+
+    fields = config_json(model.config)
+    architecture = fields.pop("architectures")[0]
+    config = getattr(transformers, architecture.replace("ForCausalLM", "Config"))(**fields)
+    with torch.device("meta"):
+        theirs = getattr(transformers, architecture)(config)
+    tensors = {their_name(name): tensor for name, tensor in model.state_dict().items()}
+    if model.config.tied_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    theirs.load_state_dict(tensors, assign=True)
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(
+        config
+    )  # has no tensor in the state, and so is still on meta
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("size", ["testbed", "large"])
+def test_decoding_beside_transformers(size, batch, peer, generator, request):
+    """Peer: transformers, `generate`, both on the same weights. Held together in passing by a small model; measured with one of a
+    hundred million parameters."""
+    if size == "testbed":
+        (model, _), new = testbed.load(), 32
+    else:
+        wide = 12 if request.config.getoption("--peers-to") else 1
+        shape = {"d_model": 64 * wide, "n_layers": wide, "n_heads": wide, "d_ff": 192 * wide}
+        config = Config(vocabulary=32_000, n_kv_heads=max(1, wide // 3), head_dim=64, tied_embeddings=True, **shape)
+        model, new = initialize_(Decoder(config), generator).eval(), 16
+    theirs = in_transformers(model)
+    prompt = torch.randint(0, model.config.vocabulary, (batch, 64), generator=generator)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    peer(
+        "refimpl.model",
+        "transformers",
+        f"greedy decoding: {new} tokens after 64, batch of {batch}, {millions:.0f} million parameters: the tokens",
+        lambda: generate(model, prompt, new),
+        lambda: by_transformers(theirs, prompt, new),
+        within=0,
+    )
 
 
 def test_stop_ends_a_row_and_repeats_its_token(model):

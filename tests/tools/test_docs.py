@@ -178,10 +178,12 @@ def test_a_method_that_runs_shows_claims_results_and_oracles(tree, tmp_path, no_
 def test_a_peer_stands_on_its_methods_page_and_on_that_of_all_peers(tree, tmp_path, no_pictures):
     """Oracle: a stored document made up here."""
     row = {"method": "rtn", "peer": "torchao", "version": "9.8", "what": "4 bits", "difference": 0.0, "seconds": 0.5}
-    stored = {"environment": {"torch": "9.9"}, "peers": [row | {"time": 0.75, "memory": 1.25}]}
+    row |= {"time": 0.75, "memory": 1.25}
+    stored = {"environment": {"torch": "9.9"}, "peers": [row, row | {"method": "refimpl.model"}]}
     write(tree, tmp_path, {"peers": stored})
     shown = "torchao 9.8 | 4 bits | 0 |"
     whole = (tmp_path / "results/peers.md").read_text()
+    assert "| `refimpl.model` | torchao 9.8 |" in whole
     assert shown in whole and "0.5 | 0.75× | 1.25×" in whole and "9.9" in whole
     assert f"{shown} 0.75× | 1.25×" in (tmp_path / "survey/compression/quantization/weight_only/rtn.md").read_text()
     assert "Beside" not in (tmp_path / "survey/finetuning/peft/lora/lora.md").read_text()

@@ -28,6 +28,10 @@ def test_the_difference_is_the_largest_of_all_tensors():
         lambda: (torch.tensor([1.0, 2.0]), [torch.tensor(5)]), lambda: [torch.tensor([1.5, 2.0]), (torch.tensor(4),)]
     )
     assert pair.difference == 1.0
+    named = peers.compare(
+        "lora", "their procedure, written out in torch", "this", lambda: torch.ones(1), lambda: torch.ones(1)
+    )
+    assert named.version == pair.version
     assert pair.version == torch.__version__.partition("+")[0] or pair.version == torch.__version__
 
 

@@ -164,7 +164,7 @@ def test_beside_the_authors_procedure(sparsity, peer, measured_layer, generator)
     pattern = (2, 4) if sparsity == "2:4" else None
     peer(
         "wanda",
-        "torch",
+        "their procedure, written out in torch",
         f"prune {measured_layer[0]} by {measured_layer[1]} with {measured_layer[2]} inputs, {sparsity}: relative output error; ours packs what is left",
         lambda: torch.tensor(error(weight, Wanda(sparsity=sparsity)(weight, inputs).dense(), inputs)),
         lambda: torch.tensor(error(weight, plain(weight, inputs, 0.5, pattern), inputs)),

@@ -274,7 +274,7 @@ def test_beside_the_authors_procedure(peer, measured_layer, generator):
     method = GPTQ(bits=4, group_size=128, scale_dtype=torch.float32)
     peer(
         "gptq",
-        "torch",
+        "their procedure, written out in torch",
         f"quantize {weight.shape[0]} by {weight.shape[1]} with {len(inputs)} inputs, 4 bits in groups of 128: relative output error; ours packs",
         lambda: torch.tensor(error(weight, method(weight, inputs).dense(), inputs)),
         lambda: torch.tensor(error(weight, plain(weight, inputs), inputs)),
