@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
+from refimpl import testbed
 from refimpl.inference.kv_cache.dropped.streaming_llm import StreamingLLM
 from refimpl.model.cache import FullCache
 from refimpl.model.config import Config, Rope
-from refimpl.model.model import Decoder
+from refimpl.model.model import Decoder, attend
 from refimpl.model.rope import rotate
 from tests.inference.kv_cache.decoders import decoder, feed, run, shape
 
@@ -202,7 +204,7 @@ def with_sink(cycle=11):
 def losses(model, tokens, cache):
     """Of each next token, read one by one."""
     logits = run(model, tokens[:, :-1], cache, 1)
-    return torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:], reduction="none")
+    return cross_entropy(logits[0], tokens[0, 1:], reduction="none")
 
 
 def test_the_window_collapses_at_the_very_step():
@@ -229,6 +231,33 @@ def test_claim_sinks_restore(claim):
         losses(model, tokens, cache).mean() for cache in (StreamingLLM(budget=60).cache(model.config), FullCache())
     )
     claim("streaming-llm", "sinks-restore", float((kept - dense).exp()))
+
+
+@torch.no_grad()
+def test_claim_collapses_when_trained(claim):
+    """In calls of 16 tokens; and what its reason says is measured: how much of the attention the first four tokens get."""
+    model = testbed.load()[0]
+    tokens = torch.as_tensor(testbed.corpus.tokens("held-out")[:961]).long()[None]
+
+    def nats(cache):
+        hidden = torch.cat([model.hidden(part, cache) for part in tokens[:, :960].split(16, dim=1)], dim=1)
+        return cross_entropy(model.logits(hidden[0, 256:]), tokens[0, 257:])
+
+    window, dense = nats(StreamingLLM(budget=64, sinks=0).cache(model.config)), nats(FullCache())
+    claim("streaming-llm", "collapses-when-trained", float((window - dense).exp()))
+    shares = []
+
+    def watched(q, k, v, *, causal=False, mask=None):
+        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / math.sqrt(q.shape[3])
+        weights = scores.masked_fill(torch.ones(scores.shape[2:]).triu(1).bool(), -math.inf).softmax(dim=3)
+        shares.append(weights[0, :, 256:, :4].sum(dim=2).mean())
+        return attend(q, k, v, causal=causal, mask=mask)
+
+    for layer in model.layers:
+        layer.attention.attend = watched
+    model(tokens[:, :960])
+    assert len(shares) == len(model.layers)
+    assert_close(torch.stack(shares).mean(), torch.tensor(0.0007), rtol=0, atol=1e-4)
 
 
 def test_claim_constant_memory(claim):
