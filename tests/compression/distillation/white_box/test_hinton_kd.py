@@ -219,12 +219,15 @@ def lesson():
 
 def test_a_student_learns_more_with_a_teacher(lesson, claim):
     """Oracle: the same small student on the same tokens in the same order, by the labels alone; it meets all that the teacher
-    read, as in Section 3."""
-    alone, distilled = (
-        nats(lesson.train(HintonKD(alpha=alpha), 8, lesson.text, 200), lesson.unseen) for alpha in (0.0, 2 / 3)
-    )
-    assert nats(lesson.teacher, lesson.unseen) < min(alone, distilled)
-    claim("hinton-kd", "better-than-labels", alone - distilled)
+    read, as in Section 3. Three times: another source, teacher and student each."""
+    saved = []
+    for each in (lesson, Lesson(1), Lesson(2)):
+        alone, distilled = (
+            nats(each.train(HintonKD(alpha=alpha), 8, each.text, 200), each.unseen) for alpha in (0.0, 2 / 3)
+        )
+        assert nats(each.teacher, each.unseen) < min(alone, distilled)
+        saved.append(alone - distilled)
+    claim("hinton-kd", "better-than-labels", min(saved))
 
 
 def test_soft_targets_carry_what_three_percent_of_the_text_lacks(lesson, claim):
