@@ -2,7 +2,7 @@
 
 A figure is `{"title", "x", "y", "data", "buttons"}`: titles of the axes, Plotly's traces, and a button for each point of the
 arena's axes, `{"label", "update"}`, whose update puts that point's numbers into the traces; no buttons for a single point. A map
-has a `height` in pixels, too.
+has a `height` in pixels, too; where both axes are logarithmic, `log` is true.
 """
 
 import html
@@ -18,9 +18,13 @@ from refimpl.views import PLACES, group_rows, mean, settings_text, words
 Rows = Sequence[dict[str, Any]]
 Traces = dict[str, dict[str, Any]]
 
+# Metrics of an arena that can be held against a roofline: what a step reads, what it takes, and what reading a GB takes.
+READ, TAKEN, PER_GB = "bytes", "seconds_per_token", "read_seconds"
+LINE = "bytes over bandwidth"
+
 
 def figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All plots of a document.
+    """All plots of a document but the roofline.
 
     The first metric against each of the others, with half of the range over seeds; each metric over the first axis, where its
     values are numbers; the curves over the run, of the first seed; and maps, the mean over the seeds.
@@ -57,6 +61,29 @@ def figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         else:
             made.append(_figure(name, (x, y), rows, axes, partial(_curves, curve=name)))
     return made
+
+
+def roofline(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Seconds of a step over the bytes that are held, and the line of what reading these once takes, bytes over bandwidth, as a plot.
+
+    Returns:
+        No plot for a document without these metrics.
+    """
+    known = {metric["name"]: metric for metric in document["metrics"]}
+    if not {READ, TAKEN, PER_GB} <= known.keys():
+        return []
+    rows = [row for row in document["rows"] if not row.get("error")]
+    units = _unit(known[READ]), _unit(known[TAKEN])
+    made = _figure("seconds of a step, and the roofline", units, rows, list(document.get("axes", {})), _above_the_line)
+    return [made | {"log": True}]
+
+
+def _above_the_line(rows: Rows) -> Traces:
+    per_gb = statistics.fmean(row["figures"][PER_GB] for row in rows)
+    read = [row["figures"][READ] for row in rows]
+    ends = [min(read), max(read)]
+    line = {"x": ends, "y": [per_gb * end / 1e9 for end in ends], "text": [f"{1 / per_gb:.3g} GB/s"] * 2}
+    return _trade_off(rows, READ, TAKEN) | {LINE: _trace(LINE, "lines") | line | {"line": {"dash": "dash"}}}
 
 
 def _title(metric: Mapping[str, Any]) -> str:
@@ -195,7 +222,7 @@ def page(documents: Iterable[Mapping[str, Any]], plotly: str) -> str:
         parts += [
             f'<h2>{html.escape(figure["title"])}</h2>\n<div class="plot" style="{_height(figure)}"'
             f' data-figure="{html.escape(json.dumps(figure))}"></div>'
-            for figure in figures(document)
+            for figure in [*roofline(document), *figures(document)]
         ]
     return PAGE.replace("{BODY}", "\n".join(parts)).replace("{PLOTLY}", plotly)
 
@@ -211,8 +238,9 @@ PAGE = """<!doctype html>
 {BODY}
 <script>
 for (const element of document.querySelectorAll(".plot")) {
-  const { data, x, y, buttons, height } = JSON.parse(element.dataset.figure);
+  const { data, x, y, buttons, height, log } = JSON.parse(element.dataset.figure);
   const layout = { xaxis: { title: { text: x } }, yaxis: { title: { text: y }, automargin: true }, showlegend: true };
+  if (log) layout.xaxis.type = layout.yaxis.type = "log";
   if (height) layout.yaxis.autorange = "reversed";  // the first method at the top
   if (buttons.length) layout.updatemenus = [{ x: 0, xanchor: "left", y: 1.12, yanchor: "bottom",
     buttons: buttons.map(({ label, update }) => ({ label, method: "restyle", args: [update] })) }];

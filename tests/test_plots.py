@@ -61,6 +61,30 @@ def test_a_first_axis_of_numbers_has_lines_over_it():
     assert [f["title"] for f in plots.figures(document(names, axes=("task", "length")))] == ["score against cost"]
 
 
+def step(method, read, taken, per_gb, **rest):
+    figures = {"bytes": read, "seconds_per_token": taken, "read_seconds": per_gb}
+    return row(method, 0, 0, **rest) | {"figures": figures}
+
+
+def test_a_roofline_is_bytes_over_bandwidth():
+    """Oracle: by hand: reading a GB takes 0.2 s and 0.3 s, 0.25 s in the mean, so that 2 GB take 0.5 s and 8 GB 2 s; each length has its own."""
+    metrics = [{"name": name, "unit": "u"} for name in ("bytes", "seconds_per_token", "read_seconds")]
+    rows = [
+        step("full", 8e9, 4.0, 0.2), step("kivi", 2e9, 5.0, 0.3, settings={"bits": 2}), step("kivi", 0, 0, 0, error="E: no"),
+        step("full", 3e9, 6.0, 0.1, length=2), step("full", 3e9, 8.0, 0.1, length=2, seed=1),
+    ]  # fmt: skip
+    [figure] = plots.roofline(document(rows) | {"metrics": metrics})
+    assert figure["log"] and (figure["x"], figure["y"]) == ("bytes (u)", "seconds per token (u)")
+    full, kivi, line = figure["data"]
+    assert (full["x"], full["y"], kivi["x"], kivi["y"], kivi["text"]) == ([8e9], [4.0], [2e9], [5.0], ["bits 2"])
+    assert (line["name"], line["mode"], line["x"]) == ("bytes over bandwidth", "lines", [2e9, 8e9])
+    assert line["y"] == pytest.approx([0.5, 2.0]) and line["text"] == ["4 GB/s"] * 2
+    second = figure["buttons"][1]["update"]
+    assert second["x"] == [[3e9], [], [3e9, 3e9]] and second["y"] == [[7.0], [], pytest.approx([0.3, 0.3])]
+    assert second["error_y.array"][0] == [1.0]
+    assert plots.roofline(document(rows)) == [] and "log" not in plots.figures(document([row("a", 1, 1)]))[0]
+
+
 def test_curves_are_those_of_the_first_seed():
     curves = {"loss over tokens": [[1, 5.0], [2, None]]}
     rows = [

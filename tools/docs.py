@@ -29,6 +29,7 @@ from refimpl.views import sheets
 from taxonomy import Category, Claim, Facets, Framework, InvalidTaxonomy, Method, Taxonomy
 from taxonomy import graph as graphs
 from tools import findings
+from tools.break_even import break_even
 
 ROOT = Path(__file__).parents[1]
 LONG_CONTEXT = "long_context"  # the arena that is held against a published benchmark
@@ -231,6 +232,9 @@ class Site:
                 table=_table(document, methods),
                 name=name,
                 figures=plots.figures(document),
+                rivals={row: said for row in sorted(methods) if (said := rival(self.root, row))},
+                break_even=break_even(document),
+                roofline=plots.roofline(document),
                 findings=findings.answers(document) if name == LONG_CONTEXT else [],
                 beside=findings.side_by_side(document) if name == LONG_CONTEXT else [],
                 published=findings.read() if name == LONG_CONTEXT else {},
@@ -305,6 +309,15 @@ def oracles(test: Path) -> list[str]:
     functions = [n for n in ast.walk(ast.parse(test.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
     texts = [" ".join((ast.get_docstring(f) or "").split()) for f in functions]
     return [text.removeprefix("Oracle:").strip() for text in texts if text.startswith("Oracle:")]
+
+
+def rival(root: Path, name: str) -> str:
+    """What stands behind a row `module:Class` that a module of this checkout has brought in: its docstring's first line, else nothing."""
+    module, colon, _ = name.partition(":")
+    file = root / f"{module.replace('.', '/')}.py"
+    if not colon or not file.is_file():
+        return ""
+    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def _templates(site: Site) -> jinja2.Environment:

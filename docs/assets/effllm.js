@@ -112,6 +112,7 @@ function plots(figures) {
       layout.updatemenus = [{ x: 0, xanchor: "left", y: 1.03, yanchor: "bottom", bgcolor: "#fff", font: { color: "#222" },
         buttons: figure.buttons.map(({ label, update }) => ({ label, method: "restyle", args: [update] })) }];
     }
+    if (figure.log) layout.xaxis.type = layout.yaxis.type = "log";
     if (figure.height) {
       element.style.height = `${figure.height}px`;
       layout.yaxis.autorange = "reversed"; // the first method at the top

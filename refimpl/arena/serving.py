@@ -6,8 +6,12 @@ new tokens at most, and most answers end earlier: a length is drawn for each, an
 the request's stop token. So a server can't know lengths beforehand, and all servers meet the same ones.
 
 Time is counted in iterations of the model, which repeat from the seed; tokens per second depend on the machine, and on a CPU an
-iteration over eight requests takes far longer than one over a single request. What is offloaded lies in files or in other memory than the
-device's; on a CPU both are the machine's, and `device_bytes` counts what would be on a device.
+iteration over eight requests takes far longer than one over a single request. So does one that reads long prompts, and it counts as one
+all the same: what is spared by finding a part of them in the memory shows in `hit_rate` and `prefill_tokens`; the time to the first
+token is that of waiting, and an iteration.
+
+What is offloaded lies in files or in other memory than the device's; on a CPU both are the machine's, and `device_bytes` counts what
+would be on a device.
 """
 
 from typing import Any
@@ -29,19 +33,23 @@ UNSEEN_TOKENS = 40_000
 
 ABOUT = (
     "The testbed's model serves a queue of requests of varying length, half of which share a beginning: tokens a second, "
-    "iterations, waiting, use of the slots, bytes of the caches and what share of them holds tokens."
+    "iterations, waiting, time to the first token, use of the slots, bytes of the caches, what share of them holds tokens, and what share of "
+    "the prompts was found in them."
 )
-VERSION = 2
+VERSION = 3
 METRICS = (
     Metric("tokens_per_second", "new tokens, over all requests", "higher", exact=False),
     Metric("iterations", "passes of the model", "lower"),
     Metric("waiting", "mean iterations from arrival to admission", "lower"),
+    Metric("first_token_p50", "iterations from arrival to the first token, at most, of half of the requests", "lower"),
+    Metric("first_token_p99", "the same of 99 % of the requests; of fewer than 100 requests the longest", "lower"),
     Metric("utilization", "share of the slots, over all iterations, that gave a token", "higher"),
     Metric("peak_bytes", "bytes of the caches at the peak", "lower"),
     Metric("device_bytes", "bytes of weights and caches on the device at the peak", "lower"),
     Metric("peak_used", "share of them that holds tokens then", "higher"),
     Metric("share_used", "share of the bytes held that holds tokens, over all iterations", "higher"),
     Metric("prefill_tokens", "tokens computed to read prompts, padding and repetition included", "lower"),
+    Metric("hit_rate", "share of the prompts' tokens that were in a cache when the prompt was first read", "higher"),
     Metric("identical", "share of the answers equal to those of a request alone", "higher"),
 )
 BASELINE = "static batching"
@@ -69,12 +77,15 @@ def _figures(implementation: Any, settings: dict[str, Any], conditions: Conditio
         "tokens_per_second": sum(len(tokens) for tokens in served.tokens) / served.seconds,
         "iterations": served.iterations,
         "waiting": served.waiting,
+        "first_token_p50": served.first_token(50),
+        "first_token_p99": served.first_token(99),
         "utilization": served.utilization,
         "peak_bytes": served.peak_bytes,
         "device_bytes": served.device_bytes,
         "peak_used": served.peak_used / served.peak_bytes,
         "share_used": served.share_used,
         "prefill_tokens": served.prefill_tokens,
+        "hit_rate": served.hit_rate,
         "identical": sum(x == y for x, y in zip(served.tokens, alone, strict=True)) / len(requests),
     }
 

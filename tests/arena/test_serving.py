@@ -8,6 +8,7 @@ import torch
 from refimpl.arena import serving as arena
 from refimpl.arena.protocol import Conditions
 from refimpl.inference.system_level.design.continuous_batching import ContinuousBatching
+from refimpl.inference.system_level.optimization.prefix_caching import PrefixCaching
 from refimpl.inference.system_level.static_batching import StaticBatching
 from refimpl.model.config import Config
 from refimpl.model.generate import generate
@@ -61,6 +62,20 @@ def test_the_trace_is_what_it_says(model):
 
 def test_a_seed_makes_another_trace(model):
     assert arena.trace(model, TEXT, conditions(4))[0] != arena.trace(model, TEXT, conditions(5))[0]
+
+
+def test_what_is_found_in_a_cache_is_told(model):
+    """Oracle: by hand: with room for all, who comes later finds the preamble that was read before, and who shares none finds nothing;
+    whoever keeps nothing finds nothing. A first token takes an iteration at least, and half of them no longer than nearly all.
+    """
+    requests, _ = arena.trace(model, TEXT, conditions())
+    plain = arena.baseline(conditions(axes={"memory": 4000}))
+    found = arena.measure(PrefixCaching, {}, conditions(axes={"memory": 4000}))
+    most = sum(8 * (len(alike) - 1) for alike in (requests[1::4], requests[3::4]))
+    assert plain["hit_rate"] == 0 < found["hit_rate"] <= most / sum(len(request.prompt) for request in requests)
+    for figures in (plain, found):
+        assert 1 <= figures["first_token_p50"] <= figures["first_token_p99"]
+    assert found["first_token_p99"] < plain["first_token_p99"]  # who waits for a whole batch waits longest
 
 
 def test_wrong_answers_are_seen():

@@ -235,6 +235,32 @@ def test_an_arenas_page_has_a_table_a_metric_plots_curves_and_data(tree, tmp_pat
     assert len(list(csv.DictReader((tmp_path / "results/toy.csv").read_text().splitlines()))) == 18
 
 
+def test_an_arena_that_prices_steps_says_where_they_pay(tree, tmp_path, no_pictures):
+    """Oracle: a stored document made up here: half a second for each GB is 2 GB a second; another arena's page has nothing of it."""
+    figures = {"bytes": 8, "seconds_per_token": 1.0, "price": 0.5, "read_seconds": 0.1}
+    document = {
+        "arena": "toy", "about": "Toys.", "version": 1, "baseline": "full cache", "seeds": [0], "axes": {"tokens": [8]},
+        "environment": {"torch": "9.9"},
+        "metrics": [{"name": name, "unit": "u", "better": "lower", "exact": False} for name in figures],
+        "rows": [
+            {"method": method, "settings": {}, "axes": {"tokens": 8}, "seed": 0, "figures": figures}
+            for method in ("full cache", "kivi", "tools.quanto_cache:QuantoCache", "elsewhere:Mine")
+        ],
+    }  # fmt: skip
+    other = document | {"metrics": document["metrics"][:2], "rows": document["rows"][:2]}
+    write(tree, tmp_path, {"toy": document, "other": other})
+    page = (tmp_path / "results/toy.md").read_text()
+    assert "| method | settings | tokens 8: GB/s |" in page and "memory gives 10 GB/s" in page
+    assert "[KIVI](../survey/inference/kv_cache/quantized/kivi.md) |  | 2 |" in page
+    assert page.index("Below which bandwidth") < page.index("the roofline") < page.index("## All figures")
+    assert (
+        "Rows *tools.quanto_cache:QuantoCache* are no method of the survey: Transformers' own quantized cache" in page
+    )
+    assert "Rows *elsewhere:Mine*" not in page and "Rows *full cache*" not in page
+    other_page = (tmp_path / "results/other.md").read_text()
+    assert not any(said in other_page for said in ("bandwidth", "roofline", "All figures", "no method of the survey"))
+
+
 def test_oracles_are_read_from_the_tests_docstrings(tmp_path):
     """Oracle: by hand."""
     test = tmp_path / "test_x.py"

@@ -31,7 +31,7 @@ class Journal:
 
     def __init__(self, requests: Sequence[Request], slots: int, weights: int) -> None:
         self._requests, self._slots, self._weights, self._start = requests, slots, weights, time.perf_counter()
-        self.clock, self.preemptions, self._prefill = 0, 0, 0
+        self.clock, self.preemptions, self._prefill, self._found = 0, 0, 0, 0
         self.answers: list[list[int]] = [[] for _ in requests]
         self._admitted: dict[int, int] = {}
         self._first: dict[int, int] = {}
@@ -41,9 +41,17 @@ class Journal:
         self._used: list[int] = []
         self._device: list[int] = []
 
-    def admit(self, index: int, prefill: int) -> None:
-        """A request's prompt, or again what was computed of it, is read in this iteration, `prefill` entries computed for it."""
-        self._admitted.setdefault(index, self.clock)
+    def admit(self, index: int, prefill: int, found: int = 0) -> None:
+        """A request's prompt, or again what was computed of it, is read in this iteration.
+
+        Args:
+            index: the request.
+            prefill: entries computed for it.
+            found: entries of it that were in the memory; of what is read again they don't count.
+        """
+        if index not in self._admitted:
+            self._admitted[index] = self.clock
+            self._found += found
         self._prefill += prefill
 
     def token(self, index: int, token: int) -> None:
@@ -81,6 +89,8 @@ class Journal:
             used=self._used,
             device=self._device,
             prefill_tokens=self._prefill,
+            prompt_tokens=sum(len(request.prompt) for request in self._requests),
+            found_tokens=self._found,
             preemptions=self.preemptions,
             seconds=time.perf_counter() - self._start,
         )

@@ -31,6 +31,7 @@ arrives; the memory is never exceeded, what is used is part of what is held, and
 hold is refused before anything is computed; nothing of one call is left for the next.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ class Served:
         used: bytes, by iteration.
         device: bytes of weights, caches and what is computed in that the device's memory holds, by iteration.
         prefill_tokens: entries computed in prefill, padding included.
+        prompt_tokens: of all prompts.
+        found_tokens: of these, those whose entries were in the memory when their prompt was first read.
         preemptions: how often a request was made to give up its memory.
         seconds: that it all took.
     """
@@ -100,6 +103,8 @@ class Served:
     used: list[int]
     device: list[int]
     prefill_tokens: int
+    prompt_tokens: int
+    found_tokens: int
     preemptions: int
     seconds: float
 
@@ -117,6 +122,20 @@ class Served:
     def waiting(self) -> float:
         """Mean iterations from arrival to admission."""
         return sum(x - y for x, y in zip(self.admitted, self.arrival, strict=True)) / len(self.arrival)
+
+    def first_token(self, percent: float) -> int:
+        """Iterations from arrival to the first token, that which gave it included, by nearest rank: so many percent of the requests take no more.
+
+        Args:
+            percent: above 0, at most 100.
+        """
+        taken = sorted(x - y + 1 for x, y in zip(self.first, self.arrival, strict=True))
+        return taken[math.ceil(percent * len(taken) / 100) - 1]
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompts' tokens that were found in the memory."""
+        return self.found_tokens / self.prompt_tokens
 
     @property
     def peak_bytes(self) -> int:

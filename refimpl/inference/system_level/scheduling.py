@@ -8,6 +8,8 @@ Differs from the paper: none of Algorithm 1 with a single worker.
 Not here: workers in a pipeline (`n_workers`); swapping to another memory, the other way to preempt.
 """
 
+from bisect import insort
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,18 +97,21 @@ def iterate(
         watch: called with the store after each iteration, before those that ended release their memory.
     """
     journal = Journal(requests, slots, weight_bytes(model))
-    coming = sorted((Job(i, r, [*r.prompt]) for i, r in enumerate(requests)), key=_arrival)
-    running: list[Job] = []  # in order of arrival
-    while coming or running:
-        if not running:
+    coming = deque(sorted((Job(i, r, [*r.prompt]) for i, r in enumerate(requests)), key=_arrival))
+    waiting: list[Job] = []  # those who have arrived, in order of arrival
+    running: list[Job] = []  # the same
+    while coming or waiting or running:
+        if not waiting and not running:
             journal.clock = max(journal.clock, coming[0].request.arrival)
+        while coming and coming[0].request.arrival <= journal.clock:
+            waiting.append(coming.popleft())
         for job in make_room(running, store):
             journal.preemptions += 1
-            coming = sorted([*coming, job], key=_arrival)
-        for job in select(coming, len(running), slots, store, journal.clock):
-            journal.admit(job.index, prefill=len(job.new))
-            coming.remove(job)
-            running = sorted([*running, job], key=_arrival)
+            insort(waiting, job, key=_arrival)
+        for job in select(waiting, len(running), slots, store):
+            journal.admit(job.index, prefill=len(job.new), found=job.read)
+            waiting.remove(job)
+            insort(running, job, key=_arrival)
         attend_to = partial(store.attend_to, running=running)
         assert running, "a store must have room for one request, if it is checked that it has"
         hidden = read(model, [job.new for job in running], [job.read for job in running], attend_to)
@@ -127,10 +132,10 @@ def iterate(
     return journal.served()
 
 
-def select(coming: list[Job], running: int, slots: int, store: Store, clock: int) -> list[Job]:
+def select(waiting: list[Job], running: int, slots: int, store: Store) -> list[Job]:
     """Who joins (Algorithm 1, `Select`): those who have arrived, in order, up to the first that finds no slot or no room."""
     joining: list[Job] = []
-    for job in store.order([job for job in coming if job.request.arrival <= clock]):
+    for job in store.order(waiting):
         if running + len(joining) == slots or not store.admit(job):
             break
         joining.append(job)

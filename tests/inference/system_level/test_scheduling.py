@@ -96,21 +96,20 @@ def test_a_store_may_ask_for_another_order(plain, generator):
 
 
 def test_who_joins():
-    """Oracle: Algorithm 1's `Select`, by hand: slots, room, arrival."""
-    jobs = [
-        Job(i, Request(prompt=(5,) * size, n=1, arrival=at), [5] * size)
-        for i, (size, at) in enumerate([(2, 0), (9, 0), (1, 0), (1, 3)])
-    ]
+    """Oracle: Algorithm 1's `Select`, by hand: slots and room."""
+    jobs = [Job(i, Request(prompt=(5,) * size, n=1), [5] * size) for i, size in enumerate((2, 9, 1, 1))]
 
-    def joining(slots, entries, clock, running=0):
-        return [job.index for job in select(jobs, running, slots, Counted(entries), clock)]
+    def joining(slots, entries, running=0):
+        return [job.index for job in select(jobs, running, slots, Counted(entries))]
 
-    assert joining(4, 13, clock=3) == [0, 1, 2, 3] and joining(4, 13, clock=2) == [0, 1, 2]
-    assert (
-        joining(4, 10, clock=3) == [0]
-        and joining(4, 13, clock=3, running=2) == [0, 1]
-        and joining(1, 13, 3, running=1) == []
-    )
+    assert joining(4, 13) == [0, 1, 2, 3] and joining(4, 10) == [0]
+    assert joining(4, 13, running=2) == [0, 1] and joining(1, 13, running=1) == []
+
+
+def test_nobody_joins_before_arriving(plain):
+    """Oracle: by hand: slots and room for all; the second comes while the first runs, the third too late for it."""
+    requests = [Request(prompt=(5,), n=4), Request(prompt=(8,), n=1, arrival=2), Request(prompt=(9,), n=1, arrival=5)]
+    assert iterate(plain, requests, 4, Counted(20)).admitted == [0, 2, 5]
 
 
 def test_the_clock_jumps_while_nobody_is_there(plain):

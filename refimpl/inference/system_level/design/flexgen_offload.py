@@ -1,14 +1,16 @@
 r"""FlexGen's offloading: weights, caches and activations lie on device, in CPU memory and on disk, and a block of requests shares each load.
 
 Source: `flexgen` (arXiv 2303.06865), the sections on the block schedule, the cost model and the policy search; official code
-FMInference/FlexGen@19753bc, flexgen/flex_opt.py, experimental/cost_model.py. `offload_cost` says what a plan takes, `offload_plan` finds the best, `simplex` solves its linear program, `block_pass` runs it, `tiers` holds the tensors.
+FMInference/FlexGen@19753bc, flexgen/flex_opt.py, experimental/cost_model.py. `offload_cost` says what a plan takes, `offload_speeds` measures the constants for it, `offload_plan` finds the best, `simplex` solves its linear
+program, `block_pass` runs it, `tiers` holds the tensors.
 
 Differs from the paper: requests come at their time, and end at their own token; whoever has arrived forms the next block, up to the size
 that the plan found best. One plan, for the longest prompt and answer, serves all blocks, since weights are placed once. Memories are given as
-shares of what there is to hold, beside the buffers that are computed in. See the modules for the rest.
+shares of what there is to hold, beside the buffers that are computed in. `serve` plans with the official code's constants, so that a plan
+repeats on any machine. See the modules for the rest.
 
 Not here: 4-bit weights and caches (`flexgen-kv` is the quantization), sparse attention, attention on the CPU, pipelines of
-several devices; constants measured on the machine itself, in the place of the official code's.
+several devices.
 """
 
 import tempfile

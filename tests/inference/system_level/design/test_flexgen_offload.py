@@ -1,6 +1,7 @@
 """FlexGenOffload as a server; answers under all budgets, plans within them, what can go wrong with a disk; claims."""
 
 import itertools
+import time
 from collections import namedtuple
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ from refimpl import testbed
 from refimpl.inference.system_level.design import tiers
 from refimpl.inference.system_level.design.block_pass import Offloaded
 from refimpl.inference.system_level.design.flexgen_offload import FlexGenOffload, task_of
-from refimpl.inference.system_level.design.offload_cost import Hardware, evaluate, footprint
+from refimpl.inference.system_level.design.offload_cost import Hardware, evaluate, footprint, streams
 from refimpl.inference.system_level.design.offload_plan import search
+from refimpl.inference.system_level.design.offload_speeds import speeds
 from refimpl.inference.system_level.protocol import Request
 from refimpl.inference.system_level.static_batching import StaticBatching
 from refimpl.model.config import Config
@@ -176,6 +178,39 @@ def test_a_model_is_larger_than_the_device(tmp_path, claim):
     most = max(offloaded.nbytes[0] + resident for _ in offloaded.run(prompts, torch.zeros(16), 8))
     whole = float(footprint(task_of(model, 32, 8), 4, 16, streamed=True)[0, [0, 3, 6]].sum()) + resident
     claim("flexgen-offload", "larger-than-the-device", whole / most)
+
+
+@pytest.mark.claims
+def test_blocks_take_what_the_model_predicts(generator, tmp_path, request):
+    """Oracle: seconds of this process on the processor, by the system's books, which no other process adds to. They are those of all
+    streams together, which a single processor runs one after another: the model's, summed. Weights, caches and states on the device, in
+    memory, on disk or everywhere; one batch and two; a second block, for which all buffers are there. Control: with the constants of
+    another machine it is far off.
+    """
+    if not request.config.getoption("--claims-to"):
+        pytest.skip("seconds are measured where claims are, and never asserted")
+    config = Config(vocabulary=61, d_model=1024, n_layers=2, n_heads=16, n_kv_heads=4, head_dim=64, d_ff=4096)
+    model = initialize_(Decoder(config), generator).requires_grad_(False)
+    task = task_of(model, 32, 4)
+    here = Hardware(device=0, cpu=0, disk=0, **speeds(task, 4, model.embedding.weight, tmp_path, time.process_time))
+    off, control = [], []
+    places = ((1, 0, 0) * 3, (0, 1, 0) * 3, (0, 0, 1) * 3, (0.3, 0.4, 0.3) * 3)
+    for i, (shares, batches) in enumerate(itertools.product(places, (1, 2))):
+        (tmp_path / str(i)).mkdir()
+        offloaded = Offloaded(model, evaluate(task, here, 4, batches, shares), tmp_path / str(i))
+        tokens = torch.randint(61, (4 * batches, 32), generator=generator)
+        list(offloaded.run(tokens, torch.zeros(len(tokens)), 1))
+        start = time.process_time()
+        list(offloaded.run(tokens, torch.zeros(len(tokens)), 4))
+        taken = time.process_time() - start
+        for hardware, found in ((here, off), (T4, control)):
+            first, later = (
+                float((streams(task, hardware, len(tokens), one) @ [*shares, 1.0]).sum()) for one in (True, False)
+            )
+            predicted = task.layers * (first + 3 * later)
+            found.append(max(taken / predicted, predicted / taken))
+    assert max(control) > 2 * max(off)
+    request.getfixturevalue("claim")("flexgen-offload", "predicted-seconds", max(off))
 
 
 # Schedules

@@ -1,4 +1,6 @@
-"""PagedAttention: attention over blocks against contiguous attention, preemption by hand, and what memory is used for."""
+"""PagedAttention: attention over blocks against contiguous attention, preemption by hand, a crowd of requests without a leak, and what
+memory is used for.
+"""
 
 import itertools
 from types import SimpleNamespace
@@ -8,14 +10,16 @@ import torch
 from torch.testing import assert_close
 
 from refimpl.inference.system_level import scheduling
+from refimpl.inference.system_level.blocks import Blocks
 from refimpl.inference.system_level.design.continuous_batching import ContinuousBatching
-from refimpl.inference.system_level.design.paged_attention import PagedAttention, paged_attention
+from refimpl.inference.system_level.design.paged_attention import Paged, PagedAttention, paged_attention
 from refimpl.inference.system_level.paged_cache import PagedCache
 from refimpl.inference.system_level.protocol import Request, entry_bytes
 from refimpl.model.beam import beam_search
 from refimpl.model.config import Config
 from refimpl.model.generate import generate
 from refimpl.model.model import Decoder, initialize_
+from tests.inference.system_level import crowd
 from tests.inference.system_level.conftest import SIZES
 from tests.inference.system_level.traces import alone, trace
 
@@ -119,6 +123,60 @@ def test_the_pool_is_the_memory_and_books_agree(plain, generator):
 
     PagedAttention(memory=50).serve(plain, trace(generator), watch)
     assert seen[-1].blocks.free == 3 and not any(seen[-1].blocks.counts)
+
+
+def crowded(monkeypatch, count):
+    """Serve so many random requests by eight slots and 30 blocks of four: the store, what was served, and what it should have been."""
+    store, (requests, answers) = Paged(crowd.MODEL, 30, 4), crowd.crowd(count, every=1.2)
+
+    def places(job):
+        table = store.blocks.tables[store._sequences[job]].blocks
+        return [place for block in table for place in range(4 * block, 4 * block + 4)]
+
+    return store, crowd.serve(monkeypatch, store, places, requests, answers, slots=8), answers
+
+
+def test_a_hundred_thousand_requests_leave_nothing(monkeypatch):
+    """Oracle: what was drawn: every answer is given once and whole, and the text that it ends is in the memory, entry by entry, though
+    requests had to give theirs up again and again. At the end every block is free, once, and stands in no table.
+    """
+    store, served, answers = crowded(monkeypatch, 100_000)
+    assert served.tokens == answers
+    blocks = store.blocks
+    assert sorted(blocks._free) == [*range(30)] and blocks.counts == [0] * 30 and store.held == store.used == 0
+    assert not blocks.tables and not store._sequences
+    assert served.preemptions > 5_000 and served.peak_bytes == 30 * store.pool.block_bytes  # the memory was too small
+    assert sum(len(answer) < crowd.ASKED for answer in answers) > 50_000 and served.waiting > 1
+
+
+def test_one_block_lost_in_one_preemption_is_seen(monkeypatch):
+    """Negative control of the last: the first that gives up its memory keeps a block, and all else goes on as it was."""
+    release, kept = Paged.release, []
+
+    def forgetful(store, job):
+        if not kept and not job.request.ends(job.text[len(job.request.prompt) :]):
+            kept.append(store.blocks.tables[store._sequences[job]].blocks.pop())
+        release(store, job)
+
+    monkeypatch.setattr(Paged, "release", forgetful)
+    store, served, answers = crowded(monkeypatch, 3_000)
+    assert served.tokens == answers and served.preemptions > 100
+    assert store.blocks.free == 29 and [block for block in range(30) if store.blocks.counts[block]] == kept
+
+
+def test_one_block_given_to_two_is_seen(monkeypatch):
+    """Negative control of the last but one: a block that is free twice."""
+    close = Blocks.close
+
+    def generous(blocks, sequence):
+        first = blocks.tables[sequence].blocks[0]
+        close(blocks, sequence)
+        blocks._free.append(first)
+        monkeypatch.setattr(Blocks, "close", close)
+
+    monkeypatch.setattr(Blocks, "close", generous)
+    with pytest.raises(AssertionError):
+        crowded(monkeypatch, 1_000)
 
 
 def test_distances_added_to_scores(generator):

@@ -12,6 +12,7 @@ from refimpl.inference.system_level.protocol import Request, entry_bytes
 from refimpl.inference.system_level.scheduling import Job
 from refimpl.model.config import Config
 from refimpl.model.model import Decoder, initialize_
+from tests.inference.system_level import crowd
 from tests.inference.system_level.traces import alone, common
 
 
@@ -55,7 +56,8 @@ def test_hits_are_the_longest_common_prefix(small):
         expected.append(len(prompt) - shared)
         texts.append(prompt + alone(small, request)[:-1])
     served = PrefixCaching().serve(small, requests)
-    assert served.prefill_tokens == sum(expected) < 0.6 * sum(len(request.prompt) for request in requests)
+    whole = sum(len(request.prompt) for request in requests)
+    assert served.prefill_tokens == sum(expected) < 0.6 * whole and served.hit_rate == 1 - sum(expected) / whole
 
 
 def test_the_optimum_is_reached_with_memory_for_a_single_request(small, claim):
@@ -92,6 +94,7 @@ def test_shared_prompts_are_read_once(small, claim, generator):
     ]
     served, without = (method(memory=400).serve(small, requests) for method in (PrefixCaching, ContinuousBatching))
     assert served.prefill_tokens == 64 + 20 * 8 and without.prefill_tokens == 20 * 72
+    assert served.hit_rate == 19 * 64 / (20 * 72) and without.hit_rate == 0
     claim("prefix-caching", "hit-rate", 1 - served.prefill_tokens / without.prefill_tokens)
     claim("prefix-caching", "held-once", max(served.used) / max(without.used))
     assert max(served.running) == 8 > 5 == max(without.running)
@@ -129,6 +132,7 @@ def test_preempted_requests_find_what_they_left(small, generator):
     requests = [Request(prompt=(5, 7, 9), n=14), Request(prompt=(8, 1, 2), n=14)]
     served = PrefixCaching(memory=20).serve(small, requests)
     assert served.preemptions >= 1 and served.tokens == [alone(small, request) for request in requests]
+    assert served.hit_rate == 0  # what is found again was no hit when it came
 
 
 def test_books_agree(plain, generator):
@@ -149,6 +153,21 @@ def test_books_agree(plain, generator):
 
     served = PrefixCaching(slots=4, memory=40).serve(plain, requests, watch)
     assert served.tokens == [alone(plain, request) for request in requests]
+
+
+@pytest.mark.slow
+def test_fifty_thousand_requests_leave_nothing(monkeypatch):
+    """Oracle: what was drawn, as for `paged-attention`: every answer whole, and its text in the memory, of which others have a part, too, and
+    which is given up from the tree's leaves or by those who came last. At the end nobody uses the tree; without it every entry is free, once.
+    """
+    store, (requests, answers) = Remembering(crowd.MODEL, 100, "longest-prefix"), crowd.crowd(50_000, every=1.2)
+    served = crowd.serve(monkeypatch, store, lambda job: store._holding[job].places, requests, answers, slots=8)
+    assert served.tokens == answers
+    assert store.used == store.tree.locked == 0 and not store._holding and not store._joined
+    assert store.tree.size + len(store._free) == 100
+    store.forget()
+    assert sorted(store._free) == [*range(100)] and store.tree.size == 0 and not store.tree.root.children
+    assert served.preemptions > 1_000 and served.hit_rate > 0.2
 
 
 def test_an_entry_that_was_not_written_is_free_again(small):
