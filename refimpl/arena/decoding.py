@@ -7,7 +7,11 @@ the testbed's training text (20 in the quick form) from a fixed seed, once a pro
 
 Guesses pay where a call over several tokens takes as long as over one and a draft's call takes far less. A target of a few
 million parameters on a CPU is small for that: a draft of one layer in six has the same embedding and head, and costs far more
-than a sixth of a call. `expected_speedup` says what the acceptance would give at the cost measured here.
+than a sixth of a call, and a call over ten tokens takes longer than one over one. Both costs are measured here.
+
+`expected_speedup` says what the acceptance would give at these costs: Theorem 3.8 of `speculative-decoding` (arXiv 2211.17192),
+tokens of a call over the time of a round. Ours are the tokens of each round's own number of guesses, the chances by depth of a tree,
+and the time of calls over several tokens (`refimpl.inference.decoding.speedup`). What a method does between calls is left out.
 """
 
 import statistics
@@ -20,28 +24,32 @@ from torch import Tensor, nn
 
 from refimpl import testbed
 from refimpl.arena.protocol import Conditions, Metric, clock
-from refimpl.inference.decoding.draft_and_verify import expected_speedup
 from refimpl.inference.decoding.protocol import Decoded, Decoding, Plain
+from refimpl.inference.decoding.speedup import expected_speedup, expected_tokens_of
 from refimpl.model.cache import FullCache
 from refimpl.model.model import Decoder
 from refimpl.model.train import train, windows
 
 PROMPTS, PROMPT, NEW = 8, 64, 64  # texts, their tokens, tokens decoded
+TIMED = 9  # calls of each width, for their median
 DRAFT_STEPS, QUICK_DRAFT_STEPS, DRAFT_BATCH, DRAFT_LENGTH, DRAFT_RATE = 300, 20, 8, 128, 1e-3
 TRAIN_TOKENS, QUICK_TRAIN_TOKENS, UNSEEN_TOKENS = 400_000, 50_000, 40_000
 
 ABOUT = (
-    "The testbed's model continues real text by 64 tokens: calls of the model, share of guesses kept, time of a token, and "
+    "The testbed's model continues real text by 64 tokens: calls of the model, guesses kept, time of a token, and "
     "speed against plain decoding, which is timed in turn with each method; against itself it tells how far the clock is to "
-    "be trusted. A method that takes a draft model has the target's first layer, trained on the same text."
+    "be trusted. The expected speed-up is that of Leviathan et al. (Theorem 3.8) from the measured acceptance; ours are rounds "
+    "of unequal guesses, trees by depth, and the measured time of a call over several tokens. "
+    "A method that takes a draft model has the target's first layer, trained on the same text."
 )
-VERSION = 2
+VERSION = 3
 METRICS = (
     Metric("target_calls_per_token", "calls for each token of a row", "lower"),
+    Metric("accepted_length", "guesses of a round that stand, mean; the target adds one token", "higher"),
     Metric("accepted_share", "share of the guesses that stand; of a tree, of its longest branch", "higher"),
     Metric("seconds_per_token", "seconds", "lower", exact=False),
     Metric("speedup", "times as fast as plain decoding", "higher", exact=False),
-    Metric("expected_speedup", "times, from the acceptance and the cost of a draft's call", "higher", exact=False),
+    Metric("expected_speedup", "times, from the acceptance and the time of calls", "higher", exact=False),
     Metric("identical", "share of greedy texts equal to plain decoding's", "higher"),
 )
 BASELINE = "plain decoding"
@@ -81,17 +89,21 @@ def _figures(method: Decoding, conditions: Conditions) -> dict[str, float]:
     if temperature > 0:
         greedy = [(run(Plain(), group, 0.0), run(method, group, 0.0)) for group in torch.split(prompts, batch)]
     runs, seconds = [mine for _, (mine, _) in pairs], sum(taken for _, (_, taken) in pairs)
-    rounds, accepted, rejected = (
-        sum(int(getattr(decoded, name).sum()) for decoded in runs) for name in ("rounds", "accepted", "rejected")
+    rounds, accepted, length = (
+        sum(int(getattr(decoded, name).sum()) for decoded in runs) for name in ("rounds", "stood", "depths")
     )
-    length = sum(int((decoded.drafted if decoded.depth is None else decoded.depth).sum()) for decoded in runs)
-    cost = _cost(draft, given.model, prompts[:batch]) if any(decoded.draft_calls for decoded in runs) else 0.0
+    calls, drafts = (sum(getattr(decoded, f"{who}_calls") for decoded in runs) for who in ("target", "draft"))
+    widths = torch.cat([decoded.widths for decoded in runs]).tolist()
+    cost, reading = _costs(draft, given.model, prompts[:batch], set(widths))
     return {
-        "target_calls_per_token": sum(decoded.target_calls for decoded in runs) / (NEW * len(pairs)),
+        "target_calls_per_token": calls / (NEW * len(pairs)),
+        "accepted_length": accepted / rounds,
         "accepted_share": accepted / max(length, 1),
         "seconds_per_token": seconds / (NEW * rows),
         "speedup": sum(taken for (_, taken), _ in pairs) / seconds,
-        "expected_speedup": expected_speedup(accepted / max(accepted + rejected, 1), length / rounds, cost),
+        "expected_speedup": expected_speedup(
+            expected_tokens_of(runs), drafts / calls, cost, statistics.fmean(reading[width] for width in widths)
+        ),
         "identical": sum(int((x.tokens == y.tokens).all(dim=1).sum()) for (x, _), (y, _) in greedy) / rows,
     }
 
@@ -128,19 +140,32 @@ def draft_of(target: Decoder, text: Tensor, conditions: Conditions) -> Decoder:
 
 
 @torch.no_grad()
-def _cost(draft: nn.Module | None, target: Decoder, prompts: Tensor) -> float:
-    """Time of a draft's call over that of a target's, each over one token behind a prompt: medians of nine, in turn.
+def _costs(
+    draft: nn.Module | None, target: Decoder, prompts: Tensor, widths: set[int]
+) -> tuple[float, dict[int, float]]:
+    """Time of calls behind a prompt over that of a target's call over one token: medians of nine, in turn.
 
-    A draft that is no decoder says by `as_decoder(target)` what a call of it is.
+    Args:
+        draft: one that is no decoder says by `as_decoder(target)` what a call of it is.
+        target: the model.
+        prompts: `[batch, time]`.
+        widths: tokens of a row that the target is to read in a call, those of a tree as if they were a chain.
+
+    Returns:
+        Of a draft's call over one token; of the target's calls, by their width.
     """
-    first = draft if isinstance(draft, Decoder) else getattr(draft, "as_decoder", lambda model: model)(target)
-    models = [first, target]
-    caches, seconds = [FullCache(reserve=prompts.shape[1] + 10) for _ in models], [[0.0] * 9 for _ in models]
-    for model, cache in zip(models, caches, strict=True):
+    guesser = draft if isinstance(draft, Decoder) else getattr(draft, "as_decoder", lambda model: model)(target)
+    ways, time = sorted({1, *widths}), prompts.shape[1]
+    calls = [(guesser, 1), *((target, width) for width in ways)]
+    caches, seconds = [FullCache(reserve=time + width) for _, width in calls], [[0.0] * TIMED for _ in calls]
+    for (model, _), cache in zip(calls, caches, strict=True):
         model(prompts, cache)
-    for i in range(9):
-        for model, cache, taken in zip(models, caches, seconds, strict=True):
+    for i in range(TIMED):
+        for (model, width), cache, taken in zip(calls, caches, seconds, strict=True):
+            new = prompts[:, -1:].expand(-1, width)
             start = clock(prompts.device)
-            model(prompts[:, -1:], cache)
+            model(new, cache)
             taken[i] = clock(prompts.device) - start
-    return statistics.median(seconds[0]) / statistics.median(seconds[-1])
+            cache.truncate(time)
+    of_draft, one, *more = (statistics.median(taken) for taken in seconds)
+    return of_draft / one, {width: taken / one for width, taken in zip(ways, (one, *more), strict=True)}

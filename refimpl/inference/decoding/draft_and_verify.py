@@ -4,7 +4,7 @@ A method brings a drafter, which guesses, and a rule, which says how many guesse
 rows: each ends at its own stop token or after n tokens, and in each round takes as many tokens as were accepted in it
 (`RaggedCache`). A row that has ended is read on with the others, as in `refimpl.model.generate`; nothing is taken from it.
 
-Source: `speculative-decoding` (arXiv 2211.17192), Section 2 and Eq. (1), Theorem 3.8; there for a single row.
+Source: `speculative-decoding` (arXiv 2211.17192), Section 2; there for a single row.
 
 Differs from the paper: no round guesses beyond what n has room for.
 
@@ -122,6 +122,43 @@ class Drafter(Protocol):
 Rule = Callable[[Draft, Tensor], tuple[Tensor, Tensor]]
 
 
+class Tally:
+    """What became of each round's guesses."""
+
+    def __init__(self) -> None:
+        self._widths: list[int] = []
+        self._rounds: list[Tensor] = []
+
+    def add(self, ran: Tensor, width: int, drafted: Tensor, depth: Tensor, stood: Tensor, refused: Tensor) -> None:
+        """Take in a round, of each row `[batch]` on the CPU.
+
+        Args:
+            ran: whether it was in the round; if not, the others are 0.
+            width: tokens of a row that the target read.
+            drafted: guesses.
+            depth: of them.
+            stood: those that are in the output.
+            refused: whether one was replaced.
+        """
+        self._widths.append(width)
+        self._rounds.append(torch.stack((ran.long(), drafted, depth, stood, refused.long())))
+
+    def decoded(self, tokens: Tensor, draft_calls: int) -> Decoded:
+        """What was decoded, with its counts."""
+        ran, drafted, depths, stood, refused = torch.stack(self._rounds, dim=2)  # [b, calls] each
+        return Decoded(
+            tokens=tokens,
+            target_calls=len(self._widths),
+            draft_calls=draft_calls,
+            rounds=ran.sum(dim=1),
+            drafted=drafted.sum(dim=1),
+            rejected=refused.sum(dim=1),
+            widths=torch.tensor(self._widths),
+            depths=depths,
+            stood=stood,
+        )
+
+
 class Reader:
     """A decoder with a cache of its own, that follows `Rows` and forgets what they did not keep.
 
@@ -174,53 +211,21 @@ def draft_and_verify(
     """
     time = tokens.shape[1]
     rows, reader = Rows.begin(tokens, n, stop), reader or Reader(target, padding, time + n)
-    rounds, drafted, accepted, rejected = torch.zeros(4, len(tokens), dtype=torch.int64)
+    tally = Tally()
     while bool(rows.running.any()):
-        ran, draft = rows.running, drafter.propose(rows)
-        draft = Draft(draft.tokens, draft.counts.minimum(rows.room.to(tokens.device)), draft.probabilities)
+        ran, draft = rows.running, _cut(drafter.propose(rows), rows.room.to(tokens.device))
         hidden = reader.read(rows, 1, draft.tokens)[:, -draft.tokens.shape[1] - 1 :]
         kept, following = rule(draft, target.logits(hidden))
         taken = rows.append(draft.tokens, kept, following)
         counts, stand = draft.counts.cpu(), kept.cpu()
-        rounds += ran
-        drafted += counts  # of ended rows, which have no room: 0
-        accepted += taken.minimum(stand)
-        rejected += (stand < counts) & (taken > stand)
-    return Decoded(
-        tokens=rows.new(time),
-        target_calls=reader.calls,
-        draft_calls=drafter.calls,
-        rounds=rounds,
-        drafted=drafted,
-        accepted=accepted,
-        rejected=rejected,
-    )
+        refused = (stand < counts) & (taken > stand)
+        tally.add(ran, draft.tokens.shape[1] + 1, counts, counts, taken.minimum(stand), refused)
+    return tally.decoded(rows.new(time), drafter.calls)
 
 
-def expected_tokens(alpha: float, gamma: float) -> float:
-    r"""Tokens a target call, $E = (1 - \alpha^{\gamma + 1}) / (1 - \alpha)$ (Eq. 1).
-
-    Args:
-        alpha: mean share of guesses that are accepted, 0 to 1, each independent of the others.
-        gamma: guesses a round.
-
-    Examples:
-        >>> round(expected_tokens(0.8, 5), 2), expected_tokens(1.0, 4), expected_tokens(0.0, 4)
-        (3.69, 5.0, 1.0)
-    """
-    return (1 - alpha ** (gamma + 1)) / (1 - alpha) if alpha < 1 else gamma + 1.0
-
-
-def expected_speedup(alpha: float, gamma: float, cost: float) -> float:
-    r"""Factor by which time shrinks, $E / (\gamma c + 1)$ (Theorem 3.8), if a target call takes as long over more tokens.
-
-    Args:
-        alpha: as in `expected_tokens`.
-        gamma: guesses a round.
-        cost: $c$, time of a draft call over that of a target call.
-
-    Examples:
-        >>> round(expected_speedup(0.8, 5, 0.02), 2)
-        3.35
-    """
-    return expected_tokens(alpha, gamma) / (gamma * cost + 1)
+def _cut(draft: Draft, room: Tensor) -> Draft:
+    """No more guesses of a row than it has room for, and no column that is a guess of none: the target need not read it."""
+    counts = draft.counts.minimum(room)
+    most = int(counts.max())
+    chances = draft.probabilities
+    return Draft(draft.tokens[:, :most], counts, None if chances is None else chances[:, :most])

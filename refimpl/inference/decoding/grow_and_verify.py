@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from refimpl.inference.decoding.draft_and_verify import SLACK, Rows
+from refimpl.inference.decoding.draft_and_verify import SLACK, Rows, Tally
 from refimpl.inference.decoding.protocol import Decoded
 from refimpl.inference.decoding.tree import Tree, TreeCache
 from refimpl.model.generate import chosen
@@ -90,39 +90,28 @@ def grow_and_verify(
     A grower that must know what the target made of the prompts is shown their hidden states, `[batch, time, d_model]`, by `see_prompt`.
     """
     time = tokens.shape[1]
-    rows, cache, calls = Rows.begin(tokens, n, stop), TreeCache(time + n + SLACK), 0
-    rounds, drafted, accepted, rejected, depth = torch.zeros(5, len(tokens), dtype=torch.int64)
+    rows, cache = Rows.begin(tokens, n, stop), TreeCache(time + n + SLACK)
+    tally = Tally()
     row = torch.arange(len(tokens))
     while bool(rows.running.any()):
         ran, guesses = rows.running, grower.propose(rows)
         within = guesses.tree.depths <= rows.room[:, None].to(tokens.device)
         guesses = Guesses(guesses.tree, guesses.tokens, guesses.open & within)
-        hidden, calls = _read(target, rows, guesses, cache, padding), calls + 1
-        if calls == 1 and see_prompt is not None:
+        first = cache.length == 0
+        hidden = _read(target, rows, guesses, cache, padding)
+        if first and see_prompt is not None:
             see_prompt(hidden)
         hidden = hidden[:, -len(guesses.tree.parents) :]
         path, kept, following = rule(guesses, hidden)
         cache.keep(path, kept)
         taken = rows.append(guesses.tokens.gather(1, path[:, 1:]), kept, following)
         offered, stand = guesses.open.cpu(), kept.cpu()
-        rounds += ran
-        drafted += offered.sum(dim=1)  # of ended rows, which have no room: 0
-        depth += (offered * guesses.tree.depths.cpu()).amax(dim=1)
-        accepted += taken.minimum(stand)
+        depths = (offered * guesses.tree.depths.cpu()).amax(dim=1)
         last = path.cpu()[row, stand]
-        refused = (offered & (guesses.tree.parents.cpu() == last[:, None])).any(dim=1)
-        rejected += refused & (taken > stand)
+        refused = (offered & (guesses.tree.parents.cpu() == last[:, None])).any(dim=1) & (taken > stand)
+        tally.add(ran, offered.shape[1], offered.sum(dim=1), depths, taken.minimum(stand), refused)
         grower.learn(rows, guesses, hidden, path, kept)
-    return Decoded(
-        tokens=rows.new(time),
-        target_calls=calls,
-        draft_calls=grower.calls,
-        rounds=rounds,
-        drafted=drafted,
-        accepted=accepted,
-        rejected=rejected,
-        depth=depth,
-    )
+    return tally.decoded(rows.new(time), grower.calls)
 
 
 def _read(target: Decoder, rows: Rows, guesses: Guesses, cache: TreeCache, padding: Tensor | None) -> Tensor:

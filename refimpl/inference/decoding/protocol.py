@@ -6,6 +6,7 @@ Glossary
     guess        a drafted token, which the target has yet to check
     target call  one forward of the target, over however many tokens; the prompt's counts too
     round        guesses and the target call that checks them; a row is in a round if it had not ended before it
+    depth        of a round: guesses one behind another, all of a chain, or a tree's longest branch
     accepted     guesses that stand in the output
     rejected     guesses that the target replaced; those behind one are neither
     row          a prompt of the batch; rows go on at their own pace
@@ -45,12 +46,14 @@ class Decoded:
     Attributes:
         tokens: `[batch, at most n]`, the new tokens as `refimpl.model.generate` returns them.
         target_calls: forwards of the target.
-        draft_calls: forwards of a draft model.
+        draft_calls: forwards of a draft model, or of the heads that guess.
         rounds: `[batch]`, target calls before each row's end.
         drafted: `[batch]`, guesses that were put to the target.
-        accepted: `[batch]`, of these, those in the output.
         rejected: `[batch]`, of these, those that were replaced; of siblings, all of which were, one counts.
-        depth: `[batch]`, tokens of the longest branch in each round, together; None where guesses are a chain: `drafted`.
+        widths: `[target_calls]`, tokens of a row that each call read from its last known one on, guesses or not; the prompt, which
+            the first call reads as well, does not count.
+        depths: `[batch, target_calls]`, each round's depth; 0 where a row had ended.
+        stood: `[batch, target_calls]`, guesses of each round in the output.
     """
 
     tokens: Tensor
@@ -58,9 +61,15 @@ class Decoded:
     draft_calls: int
     rounds: Tensor
     drafted: Tensor
-    accepted: Tensor
     rejected: Tensor
-    depth: Tensor | None = None
+    widths: Tensor
+    depths: Tensor
+    stood: Tensor
+
+    @property
+    def accepted(self) -> Tensor:
+        """`[batch]`, guesses in the output."""
+        return self.stood.sum(dim=1)
 
     @property
     def acceptance(self) -> float:
@@ -147,13 +156,15 @@ class Plain(Decoding):
         if stop:
             ends = torch.isin(new, torch.tensor(sorted(stop), device=new.device))
             going = ends.cumsum(dim=1) - ends.long() == 0  # the token that ends a row is still its own
-        none = torch.zeros(len(new), dtype=torch.int64)
+        none = torch.zeros(new.shape, dtype=torch.int64)
         return Decoded(
             tokens=new,
             target_calls=new.shape[1],
             draft_calls=0,
             rounds=going.sum(dim=1).cpu(),
-            drafted=none,
-            accepted=none,
-            rejected=none,
+            drafted=none[:, 0],
+            rejected=none[:, 0],
+            widths=torch.ones(new.shape[1], dtype=torch.int64),
+            depths=none,
+            stood=none,
         )

@@ -120,7 +120,8 @@ def test_rows_grow_at_their_own_pace(target):
         6 + 6 + 6 + 3,
         6 + 6 + 6 + 0,
     ]  # in the last round there is room for 1 and for none
-    assert decoded.depth.tolist() == [2 + 2 + 2 + 1, 2 + 2 + 2]
+    assert decoded.depths.tolist() == [[2, 2, 2, 1], [2, 2, 2, 0]] and decoded.widths.tolist() == [7] * 4
+    assert decoded.stood.tolist() == [[2, 0, 2, 1], [1, 2, 2, 0]]
     assert decoded.rejected.tolist() == [
         1,
         1,

@@ -97,6 +97,10 @@ def test_counts_fit_together(method, target, draft):
         assert decoded.target_calls == decoded.rounds.max()
         assert ((decoded.accepted + decoded.rejected) <= decoded.drafted).all()
         assert 0 <= decoded.acceptance <= 1
+        assert decoded.depths.shape == decoded.stood.shape == (3, len(decoded.widths)) == (3, decoded.target_calls)
+        assert (decoded.stood <= decoded.depths).all() and (decoded.depths < decoded.widths).all()
+        assert (decoded.depths.sum(dim=1) <= decoded.drafted).all()
+        assert not decoded.depths[torch.arange(decoded.target_calls) >= decoded.rounds[:, None]].any()
 
 
 def test_draws_follow_the_targets_distribution(entry, method, generator):

@@ -139,9 +139,7 @@ class Medusa(Decoding):
 
 
 class _Heads:
-    """Guesses of the heads, from the last hidden state that stood."""
-
-    calls = 0
+    """Guesses of the heads, from the last hidden state that stood; a call is one of all heads."""
 
     def __init__(self, heads: MedusaHeads, tokens: Tensor) -> None:
         paths = sorted(heads.paths, key=lambda path: (len(path), path))
@@ -149,13 +147,14 @@ class _Heads:
         device = tokens.device
         self.tree = Tree.of([-1, *(index[path[:-1]] if path[:-1] else 0 for path in paths)], device)
         self.which = torch.tensor([[len(path) - 1, path[-1]] for path in paths], device=device).T  # head, guess
-        self.heads, self.hidden = heads, tokens.new_zeros(0, dtype=torch.float32)
+        self.heads, self.hidden, self.calls = heads, tokens.new_zeros(0, dtype=torch.float32), 0
 
     def propose(self, rows: Rows) -> Guesses:
         """The tree behind each row's last token; before the prompt is read, that token alone."""
         last = rows.last(1)
         if len(self.hidden) == 0:
             return Guesses(Tree.of([-1], last.device), last, torch.zeros_like(last, dtype=torch.bool))
+        self.calls += 1
         logits = self.heads(self.hidden)
         best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices  # [b, heads, i]
         tokens = torch.cat((last, best[:, self.which[0], self.which[1]]), dim=1)

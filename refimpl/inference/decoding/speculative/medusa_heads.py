@@ -11,13 +11,14 @@ Not here: Medusa-2, which trains the target with the heads; more layers in a hea
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refimpl.model.cache import Cache
 from refimpl.model.model import Decoder
 from refimpl.model.train import train
 
@@ -58,6 +59,10 @@ class MedusaHeads(nn.Module):
         """Logits `[..., heads, vocabulary]` from hidden states `[..., d_model]`."""
         inner = F.silu(torch.einsum("...d,ked->...ke", hidden, self.inner)) + hidden.unsqueeze(-2)
         return torch.einsum("...ke,kve->...kv", inner, self.out)
+
+    def as_decoder(self, target: Decoder) -> Callable[[Tensor, Cache], Tensor]:
+        """Tokens and a cache to logits, with embeddings for hidden states: what a call takes, for those who time it."""
+        return lambda tokens, _: self(target.embedding(tokens))
 
     @torch.no_grad()
     def hits(self, target: Decoder, batch: Tensor) -> Tensor:

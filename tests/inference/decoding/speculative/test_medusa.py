@@ -135,6 +135,7 @@ def test_heads_spare_calls_on_text(heads_of_testbed, claim):
     model, prompts = unseen_text()
     decoded = Medusa().decode(model, prompts, 32, draft=heads_of_testbed)
     assert torch.equal(decoded.tokens, generate(model, prompts, 32))
+    assert decoded.draft_calls == decoded.target_calls - 1  # heads guess in each round but the first
     claim("medusa", "fewer-calls-on-the-testbed", decoded.tokens.numel() / int(decoded.rounds.sum()))
 
 
@@ -146,6 +147,33 @@ def test_a_tree_spares_more_than_a_branch(tokens_a_call, claim):
 def test_typical_acceptance_keeps_more(tokens_a_call, claim):
     """Oracle: calls of the same heads and tree under the exact scheme."""
     claim("medusa", "typical-keeps-more", tokens_a_call["typical"] / tokens_a_call["tree"])
+
+
+def departure(tokens, prompts, model, temperature):
+    """Total variation between the chances of each token where it is certain, and where the model draws it: `[batch, n]`."""
+    with torch.no_grad():
+        logits = model(torch.cat((prompts, tokens), dim=1))[:, prompts.shape[1] - 1 : -1]
+    p = (logits / temperature).softmax(dim=-1)
+    return (torch.nn.functional.one_hot(tokens, p.shape[-1]) - p).abs().sum(dim=-1) / 2
+
+
+def test_how_far_typical_acceptance_leaves_the_models_distribution(heads_of_testbed, claim):
+    """Oracle: the definition of total variation: a text that takes no draw has at each place one token of chance 1, at temperature 1.
+
+    Controls: another seed gives the same text; at a temperature where the model itself is nearly certain there is little to leave.
+    """
+    model, prompts = unseen_text()
+
+    def write(temperature, seed):
+        seeded = torch.Generator().manual_seed(seed)
+        given = {"draft": heads_of_testbed, "temperature": temperature, "generator": seeded}
+        return Medusa().decode(model, prompts, 20, **given).tokens
+
+    text = write(1.0, 0)
+    assert torch.equal(write(1.0, 1), text)
+    far = float(departure(text, prompts, model, 1.0).mean())
+    assert departure(write(0.02, 0), prompts, model, 0.02).mean() < far / 4
+    claim("medusa", "typical-leaves-the-distribution", far)
 
 
 # Arguments

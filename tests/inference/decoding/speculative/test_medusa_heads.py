@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from refimpl.inference.decoding.speculative import medusa_heads as module
 from refimpl.inference.decoding.speculative.medusa_heads import MedusaHeads, ahead, likeliest_paths
+from refimpl.model.cache import FullCache
 from tests.inference.decoding.chances import markov, tiny
 
 # Heads
@@ -21,6 +22,8 @@ def test_heads_begin_as_the_output_layer_and_follow_the_formula(target, generato
     with torch.no_grad():
         heads.inner.normal_(generator=generator)
         heads.out.normal_(generator=generator)
+    tokens = torch.tensor([[5, 7]])
+    assert_close(heads.as_decoder(target)(tokens, FullCache()), heads(target.embedding(tokens)))  # what a call does
     logits = heads(hidden)
     for b, t, k in itertools.product(range(2), range(5), range(3)):
         inside = heads.inner[k] @ hidden[b, t]

@@ -90,9 +90,11 @@ def test_calls_by_hand():
     assert decoded.drafted.tolist() == [9] and decoded.accepted.tolist() == [
         9
     ]  # 4, 4, and the 1 that there is room for
+    assert decoded.widths.tolist() == [5, 5, 2]
     # of 9 guesses: after 3 calls of one token each the end is a 0, and behind the first 0 stand 10 tokens; 8 have room
     decoded = PromptLookup(guesses=9).decode(target, prompt, 12)
     assert decoded.rounds.tolist() == [4] and decoded.drafted.tolist() == [8]
+    assert decoded.widths.tolist() == [1, 1, 1, 9]  # where nothing is found, nothing but the last token is read
 
 
 def test_a_short_prompt_has_nothing_to_look_up(target):

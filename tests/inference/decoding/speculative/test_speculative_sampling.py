@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from refimpl.inference.decoding.draft_and_verify import Draft, expected_tokens
+from refimpl.inference.decoding.draft_and_verify import Draft
 from refimpl.inference.decoding.speculative import speculative_sampling as module
 from refimpl.inference.decoding.speculative.speculative_sampling import (
     SpeculativeSampling,
@@ -16,6 +16,7 @@ from refimpl.inference.decoding.speculative.speculative_sampling import (
     acceptance,
     residual,
 )
+from refimpl.inference.decoding.speedup import expected_tokens, expected_tokens_of
 from refimpl.model.config import Config
 from refimpl.model.generate import generate, pad
 from refimpl.model.load import save
@@ -315,6 +316,9 @@ def test_tokens_a_call_follow_the_formula(alpha, gamma):
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert 200 * 100 / int(decoded.rounds.sum()) == pytest.approx(expected_tokens(alpha, gamma), rel=0.03)
+    assert expected_tokens_of([decoded]) == pytest.approx(
+        100 / decoded.target_calls, rel=0.01
+    )  # rows that ended are idle
 
 
 def test_temperature_sharpens_both(generator):
