@@ -1,11 +1,10 @@
 r"""Compressed models in folders: written, read, and made block by block from a checkpoint that does not fit into memory.
 
 A folder holds config.json and tokenizer.json as the checkpoint had them, the tensors of the ends (embedding, last norm, output layer)
-and of each block in safetensors files of their own, and compressed.json, which says what each compressed weight is: its
-class and what it holds beside tensors (bits, shape, dtype). Nothing in it is code; classes are looked up in
-`refimpl.compression` and nowhere else.
+and of each block in safetensors files of their own, and compressed.json, which says of every module what it is: its class, what
+it holds beside tensors (bits, shape, dtype), and the same of the modules in it (see `description`). Nothing in it is code.
 
-Not here: `compress`, for a model that is in memory; formats of other libraries.
+Not here: `compress`, for a model that is in memory; formats of other libraries; models of transformers.
 
 Examples:
     >>> import tempfile
@@ -23,7 +22,6 @@ Examples:
     True
 """
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,37 +35,42 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from refimpl.compression.calibration import batches_of
-from refimpl.compression.protocol import CompressedLinear, CompressedWeight, LayerMethod, compress_, matching
+from refimpl.compression.description import check_bare, described, rebuilt
+from refimpl.compression.protocol import LayerMethod, compress_, matching
 from refimpl.model.config_json import config_json, read_config
 from refimpl.model.load import Tensors
-from refimpl.model.model import Block, Decoder
+from refimpl.model.model import Block, Decoder, attend
 from refimpl.model.rope import Rotary
 from refimpl.model.step import Step, positions_of
 from refimpl.model.tensor_files import opened
 
 ENDS, ABOUT = "ends.safetensors", "compressed.json"
-DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-FAMILY = "refimpl.compression."
+PARTS = ("embedding", "norm", "lm_head")  # of a decoder, beside its blocks
 
 
 def save_compressed(model: Decoder, folder: str | Path) -> None:
-    """Write a decoder whose layers `compress` has replaced.
+    """Write what any method makes of a decoder: compressed, pruned, or trained and converted.
 
     Args:
-        model: `refimpl.model`'s decoder.
+        model: `refimpl.model`'s decoder, whose modules may be replaced by those of `refimpl.compression`.
         folder: made new; what is written stands there only when all of it is written.
 
     Raises:
         FileExistsError: the folder is there already.
         OSError: it can't be written, for want of space or of rights; nothing is left behind.
-        ValueError: a compressed weight holds what can't be written down.
+        ValueError: the model holds something that could not be read back, which is named; nothing is written.
     """
+    _check(model)
+    config, shared = config_json(model.config), _shared(model.rotary)
+    about = {
+        name: None if getattr(model, name) is None else described(getattr(model, name), name, shared) for name in PARTS
+    }
+    blocks = [described(block, f"layers.{i}", shared) for i, block in enumerate(model.layers)]
     with _fresh(Path(folder)) as place:
-        described: dict[str, Any] = {}
         for i, block in enumerate(model.layers):
-            described |= _write_block(place, i, block)
+            _write_block(place, i, block)
         _write_ends(place, {name: t for name, t in model.state_dict().items() if not name.startswith("layers.")})
-        _write_about(place, config_json(model.config), described)
+        _write_about(place, config, about, blocks)
 
 
 def load_compressed(folder: str | Path, device: torch.device | str | None = None) -> Decoder:
@@ -75,27 +78,34 @@ def load_compressed(folder: str | Path, device: torch.device | str | None = None
 
     Raises:
         FileNotFoundError: the folder or a file of it is missing.
-        ValueError: a file is cut off, or describes what is no compressed weight of `refimpl.compression`.
+        ValueError: a file is cut off; what is described is no module of `refimpl.compression` or of a decoder, or is not what the
+            tensors are for.
     """
     place = Path(folder)
     config = read_config(place)
     if not (place / ABOUT).is_file():
         raise FileNotFoundError(f"{place / ABOUT}: no such file; a plain checkpoint is read by refimpl.model.load")
-    described: dict[str, Any] = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+    found = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+    about: dict[str, Any] = found if isinstance(found, dict) else {}
+    blocks = about.pop("layers", [])
+    if about.keys() != set(PARTS) or len(blocks) != config.n_layers:
+        raise ValueError(f"{place / ABOUT}: must describe {', '.join(PARTS)} and {config.n_layers} layers")
     with torch.device("meta"):
         model = Decoder(config)
-    files = [place / ENDS, *(place / _block_file(i) for i in range(config.n_layers))]
-    state: dict[str, Tensor] = {}
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file, of those that {ABOUT} speaks of")
-        with opened(file, device) as tensors:
-            state |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - it is no dictionary
-    for name, about in described.items():
-        layer = CompressedLinear(_rebuilt(about, state, f"{name}.compressed", place), state.get(f"{name}.bias"))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    model.load_state_dict(state, assign=True)
+    shared = _shared(model.rotary)
+
+    def made(name: str, description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+        try:
+            return rebuilt(description, state, name, shared)
+        except ValueError as error:
+            raise ValueError(f"{place / ABOUT}: {error}") from error
+
+    with _all_of(place / ENDS, device) as state:
+        for name, description in about.items():
+            setattr(model, name, None if description is None else made(name, description, state))
+    for i, description in enumerate(blocks):
+        with _all_of(place / _block_file(i), device) as state:
+            model.layers[i] = made(f"layers.{i}", description, state)
     return model.eval()
 
 
@@ -143,8 +153,13 @@ def compress_folder(
     batches = batches_of(calibration)
     ends = tensors.read([name for name in tensors.names if not name.startswith("layers.")])
     streams = [ends["embedding.weight"][batch] for batch in batches]
+    with torch.device("meta"):
+        plain = Decoder(config)
+    about = {
+        name: None if getattr(plain, name) is None else described(getattr(plain, name), name, {}) for name in PARTS
+    }
+    blocks: list[dict[str, Any]] = []
     with _fresh(Path(destination)) as place:
-        described: dict[str, Any] = {}
         _write_ends(place, ends)
         del ends
         for i in range(config.n_layers):
@@ -154,8 +169,9 @@ def compress_folder(
             if mine:
                 one = compress_(one, method, streams, target=mine, skip=(), done=done)
             streams = [one(stream) for stream in streams] if i < config.n_layers - 1 else []
-            described |= _write_block(place, i, one.layers[str(i)])
-        _write_about(place, config_json(config), described)
+            blocks.append(described(one.layers[str(i)], f"layers.{i}", _shared(one.rotary)))
+            _write_block(place, i, one.layers[str(i)])
+        _write_about(place, config_json(config), about, blocks)
         tokenizer = Path(source) / "tokenizer.json"
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, place / tokenizer.name)
@@ -210,72 +226,68 @@ def _block_file(i: int) -> str:
     return f"block-{i:05}.safetensors"
 
 
-def _write_block(place: Path, i: int, block: nn.Module) -> dict[str, Any]:
-    """Write a block's tensors; descriptions of its compressed layers, by their whole names."""
-    prefix = f"layers.{i}."
-    described = {
-        f"{prefix}{name}": _description(layer.compressed, f"{prefix}{name}")
-        for name, layer in block.named_modules()
-        if isinstance(layer, CompressedLinear)
-    }
-    save_file({f"{prefix}{name}": t.contiguous() for name, t in block.state_dict().items()}, place / _block_file(i))
-    return described
+def _write_block(place: Path, i: int, block: nn.Module) -> None:
+    save_file({f"layers.{i}.{name}": t.contiguous() for name, t in block.state_dict().items()}, place / _block_file(i))
 
 
 def _write_ends(place: Path, state: dict[str, Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, place / ENDS)
 
 
-def _write_about(place: Path, config: dict[str, Any], described: dict[str, Any]) -> None:
-    for name, value in ((ABOUT, described), ("config.json", config)):
+def _write_about(place: Path, config: dict[str, Any], ends: dict[str, Any], blocks: list[dict[str, Any]]) -> None:
+    for name, value in ((ABOUT, ends | {"layers": blocks}), ("config.json", config)):
         (place / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _description(weight: nn.Module, where: str) -> dict[str, Any]:
-    """Class, plain attributes and tensors of a compressed weight, and the same of the modules in it."""
-    kind = type(weight)
-    if not kind.__module__.startswith(FAMILY):
+@contextmanager
+def _all_of(file: Path, device: torch.device | str | None) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a file, of which the caller takes out those that it has a place for: all of them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is cut off, or tensors are left over.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, of those that {ABOUT} speaks of")
+    with opened(file, device) as tensors:
+        state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - it is no dictionary
+    yield state
+    if state:
+        raise ValueError(f"{file}: holds tensor {min(state)!r}, which {ABOUT} does not describe")
+
+
+def _shared(rotary: Any) -> dict[str, Any]:
+    """What the modules of a decoder hold beside plain values."""
+    return {"attend": attend, "rotary": rotary}
+
+
+def _check(model: Decoder) -> None:
+    """Refuse a decoder that its config and its modules do not describe."""
+    if type(model) is not Decoder:
         raise ValueError(
-            f"layer {where!r} is a {kind.__module__}.{kind.__name__}: only classes of refimpl.compression can be read back"
+            f"a {type(model).__name__} can't be written: load its checkpoint by refimpl.model.load, and compress that decoder"
         )
-    plain = {name: value for name, value in vars(weight).items() if not name.startswith("_") and name != "training"}
-    return {
-        "class": f"{kind.__module__}:{kind.__name__}",
-        "attributes": {name: _plain(value, f"{where}.{name}") for name, value in plain.items()},
-        "tensors": {name: buffer is not None for name, buffer in weight._buffers.items()},
-        "modules": {name: _description(child, f"{where}.{name}") for name, child in weight.named_children()},
-    }
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A value as JSON has it."""
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value)}
-    if isinstance(value, tuple | list):
-        return [_plain(part, where) for part in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(f"{where} is a {type(value).__name__}, which can't be written down: numbers, texts and dtypes can")
-
-
-def _value(stored: Any) -> Any:
-    if isinstance(stored, dict):
-        return DTYPES[stored["dtype"]]
-    return tuple(_value(part) for part in stored) if isinstance(stored, list) else stored
-
-
-def _rebuilt(about: dict[str, Any], state: dict[str, Tensor], prefix: str, folder: Path) -> CompressedWeight:
-    """A compressed weight from its description, without a call of its `__init__`, which takes what was not kept."""
-    module, _, name = str(about["class"]).partition(":")
-    kind = getattr(importlib.import_module(module), name, None) if module.startswith(FAMILY) else None
-    if not (isinstance(kind, type) and issubclass(kind, CompressedWeight)):
-        raise ValueError(f"{folder / ABOUT}: {about['class']!r} is no compressed weight of refimpl.compression")
-    weight: CompressedWeight = kind.__new__(kind)
-    nn.Module.__init__(weight)
-    for attribute, value in about["attributes"].items():
-        setattr(weight, attribute, _value(value))
-    for tensor, held in about["tensors"].items():
-        weight.register_buffer(tensor, state[f"{prefix}.{tensor}"] if held else None)
-    for child, described in about["modules"].items():
-        weight.add_module(child, _rebuilt(described, state, f"{prefix}.{child}", folder))
-    return weight
+    with torch.device("meta"):
+        plain = Decoder(model.config)
+    here, there = (
+        {key: value for key, value in vars(m.rotary).items() if key != "_frequencies"} for m in (model, plain)
+    )
+    if type(model.rotary) is not Rotary or here != there:
+        raise ValueError(f"rotary={model.rotary} is not the rotation of the model's config: it can't be read back")
+    for module, name in ((model, "the decoder"), (model.layers, "layers")):
+        check_bare(module, name)
+    if len(model.layers) != model.config.n_layers:
+        raise ValueError(f"{len(model.layers)} layers can't be written, where config.n_layers={model.config.n_layers}")
+    if model.score_bias is not None:
+        raise ValueError("score_bias is replaced: it can't be read back")
+    different = sorted((vars(model).keys() ^ vars(plain).keys()) | (model._modules.keys() ^ plain._modules.keys()))
+    if different:
+        raise ValueError(
+            f"the decoder holds {different}, or lacks them, unlike that of its config: they can't be read back"
+        )
+    seen: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if seen.setdefault(id(tensor), name) != name:
+            raise ValueError(
+                f"{name!r} is {seen[id(tensor)]!r} too: what stands in two places can't be read back as one"
+            )

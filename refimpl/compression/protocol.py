@@ -17,7 +17,8 @@ same call gives the same result; `dense()` has the weight's shape and dtype; `mu
 what its buffers hold; saving and loading the buffers is the identity; nothing of the last layer is left in the next. Of a
 model: the one given is not written; the same call gives the same result; fewer parameters are held; a batch equals its rows
 one by one; decoding with a cache equals reading at once; saving and loading is the identity; the largest setting leaves a
-model that runs.
+model that runs. Of both: what a decoder becomes goes into a folder and comes back (`folder`), for which a module that stays in the
+model holds numbers, texts, floating dtypes and tuples of them, beside tensors and modules.
 
 Examples:
     >>> from refimpl.compression.quantization.weight_only.rtn import RTN

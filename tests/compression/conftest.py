@@ -1,11 +1,13 @@
 """Tiny models of four architectures, four blocks each, with wide initial weights, so that attention is not flat."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
+from refimpl.model.cache import FullCache
 from refimpl.model.config import Config
 from refimpl.model.model import Decoder, initialize_
 
@@ -17,6 +19,27 @@ def decoder() -> Decoder:
     sizes = {"vocabulary": VOCABULARY, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 40}
     config = Config(n_layers=BLOCKS, sliding_window=(None, 3) * (BLOCKS // 2), **sizes)
     return initialize_(Decoder(config), torch.Generator().manual_seed(0), std=0.3).eval()
+
+
+def decoder_with_biases() -> Decoder:
+    """The same with the biases without which no config.json can say that some blocks have a window."""
+    config = dataclasses.replace(decoder().config, qkv_bias=True)
+    return initialize_(Decoder(config), torch.Generator().manual_seed(0), std=0.3).eval()
+
+
+@torch.no_grad()
+def differences(one: Decoder, other: Decoder, tokens: torch.Tensor) -> list[str]:
+    """In what two decoders differ: their modules, what they hold, and what they compute, without and with a cache."""
+    found: dict[str, list[object]] = {}
+    for model in (one, other):
+        cache = FullCache(model.config.sliding_window)
+        found.setdefault("modules", []).append([(name, type(module)) for name, module in model.named_modules()])
+        found.setdefault("config", []).append(model.config)
+        found.setdefault("bytes", []).append({name: t.nbytes for name, t in model.state_dict().items()})
+        found.setdefault("logits", []).append(model(tokens).tolist())
+        found.setdefault("cached logits", []).append([model(part, cache).tolist() for part in tokens.split([8, 3], 1)])
+        found.setdefault("bytes of the cache", []).append(cache.nbytes)
+    return [name for name, (first, second) in found.items() if first != second]
 
 
 def llama() -> nn.Module:

@@ -6,6 +6,7 @@ what is meant for the other kind skips it.
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ from torch.testing import assert_close
 
 import taxonomy
 from refimpl.compression.blocks import find_blocks
+from refimpl.compression.folder import load_compressed, save_compressed
 from refimpl.compression.protocol import CompressedLinear, CompressedWeight, apply, check_layer, compress, takes_layers
+from refimpl.compression.quantization.weight_only.awq import AWQ
+from refimpl.compression.quantization.weight_only.omniquant import OmniQuant
+from refimpl.model.model import Attention, Block
+from tests.compression.conftest import decoder_with_biases, differences
 
 METHODS = [
     method
@@ -241,6 +247,53 @@ def test_a_budget_never_rounds_to_nothing(model_method, build, tokens, logits, s
     assert same == (sparsity == 0)
     assert torch.isfinite(logits(small, tokens)).all()
     assert len(find_blocks(small)[1]) >= 1
+
+
+# Folders
+
+# Settings under which a model holds modules that it does not at its method's defaults.
+SETTINGS = {"awq-of-layers": AWQ().layer, "omniquant-of-activations": OmniQuant(bits=4, activation_bits=4, steps=2)}
+SAVED = {entry.id: entry for entry in METHODS} | SETTINGS
+
+
+def made(name, tokens):
+    """A decoder after a method, at its defaults or at one of the settings."""
+    method = SAVED[name] if name in SETTINGS else default(SAVED[name])
+    return apply(method, decoder_with_biases(), [tokens])
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_folder_gives_back_the_model(name, tokens, tmp_path):
+    """Oracle: the model in memory, bit by bit: its modules and what each holds, bytes, logits, and bytes in a cache."""
+    small = made(name, tokens)
+    save_compressed(small, tmp_path / "small")
+    assert differences(load_compressed(tmp_path / "small"), small, tokens) == []
+    assert differences(decoder_with_biases(), small, tokens) != []  # negative control
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "plain", "seen"),
+    [
+        ("quarot", ["attention"], Attention, {"logits", "cached logits", "bytes of the cache"}),
+        ("omniquant-of-activations", ["attention", "k_proj"], CompressedLinear, {"logits", "cached logits"}),
+        ("slicegpt", [], Block, {"logits", "cached logits"}),
+    ],
+)
+def test_one_module_that_is_dropped_is_seen(name, place, plain, seen, tokens, tmp_path):
+    """Oracle: the model in memory; of one module of the folder's a plainer one is made."""
+    small = made(name, tokens)
+    save_compressed(small, tmp_path / "small")
+    file = tmp_path / "small" / "compressed.json"
+    about = json.loads(file.read_text())
+    module = about["layers"][1]
+    for part in place:
+        module = module["modules"][part]
+    module["class"] = f"{plain.__module__}:{plain.__name__}"
+    file.write_text(json.dumps(about))
+    assert set(differences(load_compressed(tmp_path / "small"), small, tokens)) == {"modules", *seen}
+
+
+# The kinds
 
 
 def test_either_kind_is_applied(build, tokens, logits):

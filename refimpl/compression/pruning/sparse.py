@@ -129,13 +129,14 @@ class SparseWeight(CompressedWeight):
 
     def __init__(self, weight: Tensor, kept: Tensor) -> None:
         super().__init__()
-        self.shape = weight.shape
+        self.shape = (weight.shape[0], weight.shape[1])
         self.register_buffer("values", weight[kept])
         self.register_buffer("places", pack(kept.flatten().to(torch.uint8), 1))
 
     def dense(self) -> Tensor:
         """`[out, in]`, zero where nothing is kept."""
-        kept = unpack(self.places, 1, self.shape.numel()).bool().view(self.shape)
+        rows, columns = self.shape
+        kept = unpack(self.places, 1, rows * columns).bool().view(self.shape)
         dense = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
         return dense.masked_scatter_(kept, self.values)
 
@@ -164,7 +165,7 @@ class PatternWeight(CompressedWeight):
 
     def __init__(self, weight: Tensor, kept: Tensor, pattern: Pattern) -> None:
         super().__init__()
-        self.pattern, self.shape = pattern, weight.shape
+        self.pattern, self.shape = tuple(pattern), (weight.shape[0], weight.shape[1])
         columns, (n, m) = weight.shape[1], pattern
         self.bits = (m - 1).bit_length()
         kept = _whole_groups(kept, m)

@@ -110,7 +110,7 @@ class LearnedBlock:
             parent, _, child = place.rpartition(".")
             packed = CompressedLinear(held, bias)
             if width and self.activations is not None:
-                packed = RoundedLinear(held, bias, width, self.activations)
+                packed = RoundedLinear(held, bias, width, self.activations.bits)
             setattr(self.model.get_submodule(parent), child, packed)
         for norm in (self.part.attention_norm, self.part.feed_forward_norm):
             for key, parameter in self.model.get_submodule(norm).named_parameters():
@@ -168,15 +168,16 @@ class RoundedLinear(CompressedLinear):
         compressed: the weight.
         bias: `[out]`, copied.
         width: neighbours of an output that share a grid.
-        activations: how outputs are rounded.
+        bits: 2 to 8, of their asymmetric grids.
     """
 
-    def __init__(self, compressed: CompressedWeight, bias: Tensor | None, width: int, activations: Activations) -> None:
+    def __init__(self, compressed: CompressedWeight, bias: Tensor | None, width: int, bits: int) -> None:
         super().__init__(compressed, bias)
-        self.width, self.activations = width, activations
+        self.width, self.bits = width, bits
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
         output = super().forward(inputs)
-        codes, scale = self.activations.quantize(torch.unflatten(output, -1, (-1, self.width)))
+        grids = Activations(bits=self.bits, symmetric=False)
+        codes, scale = grids.quantize(torch.unflatten(output, -1, (-1, self.width)))
         return (codes * scale).to(output.dtype).flatten(-2)

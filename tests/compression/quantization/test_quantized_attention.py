@@ -57,6 +57,19 @@ def test_a_full_cache_holds_packed_rows(tokens, logits):
     assert next(iter(cache._layers.values())).k.dtype == torch.uint8
 
 
+def test_what_the_cache_holds_are_turned_keys(tokens):
+    """Oracle: the decoder's own keys and values, keys turned by hand; packed in 8 bits they differ by what is clipped."""
+    cache, whole = FullCache(), FullCache()
+    with torch.no_grad():
+        rounded(8)(tokens, cache)
+        decoder().double()(tokens, whole)
+    held, own = cache._layers[0], whole._layers[0]
+    keys, values = (unpack_rows(rows[:, :, :11], 8, 8, torch.float64) for rows in (held.k, held.v))
+    for found, expected in ((keys, turn(own.k[:, :, :11])), (values, own.v[:, :, :11])):
+        assert 0 < (found - expected).norm() / expected.norm() < 0.06
+    assert (keys - own.k[:, :, :11]).norm() > 0.5 * keys.norm()  # negative control
+
+
 def test_another_cache_gets_the_rounded_values(tokens, logits):
     """Oracle: the logits without a cache. What it is given are keys as they came, near the model's own."""
 

@@ -13,7 +13,8 @@ always left. The recovery trains on the calibration texts,
 for few steps and without dropout, where the paper has two epochs of instructions; a layer narrower than the rank is left out.
 
 Not here: channel-wise and layer-wise pruning, global ranking, pruning in several rounds; importance by magnitude or at random (a test
-has them as rivals); a checkpoint of the result, whose blocks have different sizes, which no config.json says.
+has them as rivals); a checkpoint of the result in Hugging Face's layout, since its blocks have different sizes, which no config.json
+says (`refimpl.compression.folder` writes it in its own).
 """
 
 import copy
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from refimpl.compression.blocks import find_blocks
 from refimpl.compression.calibration import batches_of
-from refimpl.compression.protocol import M
+from refimpl.compression.protocol import CompressedLinear, M
 from refimpl.compression.pruning.dependency import Family, coupled_groups, cut_
 from refimpl.compression.pruning.taylor import Aggregation, Taylor, importance
 from refimpl.compression.text_loss import check_texts, mean_loss
@@ -92,8 +93,8 @@ class LLMPruner:
             calibration: texts, tokens `[batch, time]` or a dict with them (`refimpl.compression.text_loss`).
 
         Raises:
-            ValueError: the model has no blocks, or no groups in those that are pruned; there is no calibration data, the model can't
-                take it, or its loss is NaN or infinite.
+            ValueError: the model has no blocks, or no groups in those that are pruned; it is compressed already; there is no
+                calibration data, the model can't take it, or its loss is NaN or infinite.
         """
         batches = batches_of(calibration)
         small = copy.deepcopy(model).eval()
@@ -130,16 +131,21 @@ def prunable_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers of the blocks that are pruned.
 
     Raises:
-        ValueError: the model has no blocks, or several lists of them.
+        ValueError: the model has no blocks, or several lists of them; a layer of those that are pruned is compressed already.
     """
     name, blocks = find_blocks(model)
     first, last = whole_ends(len(blocks))
-    return [
-        f"{name}.{place}.{inner}"
+    modules = {
+        f"{name}.{place}.{inner}": module
         for place in range(first, len(blocks) - last)
         for inner, module in blocks[place].named_modules()
-        if is_linear(module)
-    ]
+    }
+    for layer, module in modules.items():
+        if isinstance(module, CompressedLinear):
+            raise ValueError(
+                f"layer {layer!r} is compressed already: prune the original model, and compress what comes out of it"
+            )
+    return [layer for layer, module in modules.items() if is_linear(module)]
 
 
 def whole_ends(blocks: int) -> tuple[int, int]:

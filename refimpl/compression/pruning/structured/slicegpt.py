@@ -82,20 +82,19 @@ class SliceGPT:
         if not batches:
             raise ValueError("SliceGPT needs texts to see where the stream lies: pass `calibration`")
         parts = fold_norms_(small)
-        blocks = {}
+        blocks: dict[str, tuple[SlicedBlock, BlockParts]] = {}
         for block in parts.blocks:
             name = block.attention_norm.rpartition(".")[0]
-            blocks[block.attention_norm] = blocks[block.feed_forward_norm] = SlicedBlock(
-                small.get_submodule(name), block, name
-            )
-            replace_module(small, name, blocks[block.attention_norm])
+            sliced = SlicedBlock(small.get_submodule(name), block, name)
+            blocks[block.attention_norm] = blocks[block.feed_forward_norm] = (sliced, block)
+            replace_module(small, name, sliced)
         found: dict[str, Tensor] = {}
         for (name,), inputs in inputs_by_group(small, {name: small.get_submodule(name) for name in blocks}, batches):
             norm = cast(RMSNorm, small.get_submodule(name))
             q = principal_components(norm(inputs) if self.normalize else inputs)
             found[name] = q[:, : self.width(len(q))]
-            _slice_(small, blocks[name], name, found[name])
-        _join_(small, parts, list(blocks.values())[::2], found)
+            _slice_(small, *blocks[name], name, found[name])
+        _join_(small, parts, [blocks[block.attention_norm][0] for block in parts.blocks], found)
         return small
 
     def width(self, d_model: int) -> int:
@@ -136,11 +135,11 @@ class SlicedBlock(nn.Module):
         vars(self).update({key: value for key, value in vars(block).items() if not key.startswith("_")})
         for child, module in block.named_children():
             self.add_module(child, module)
-        self.parts, self.prefix = parts, f"{name}."
-        self.takes = list(inspect.signature(type(block).forward).parameters)[2:]  # after self and the stream
-        inside = parts.up.removeprefix(self.prefix), parts.down.removeprefix(self.prefix)
-        gathered = "." in inside[0]
-        self.feed_forward_names = [inside[0].partition(".")[0]] if gathered else [inside[0], "activation_fn", inside[1]]
+        self.takes = tuple(inspect.signature(type(block).forward).parameters)[2:]  # after self and the stream
+        inside = (parts.attention_norm, parts.o, parts.feed_forward_norm, parts.up, parts.down)
+        first, output, second, up, down = (part.removeprefix(f"{name}.") for part in inside)
+        self.norm_names, self.attention_name = (first, second), output.rpartition(".")[0]
+        self.feed_forward_names = (up.partition(".")[0],) if "." in up else (up, "activation_fn", down)
         for shortcut in ("entry", "attention_shortcut", "feed_forward_shortcut"):
             self.register_parameter(shortcut, None)
 
@@ -149,15 +148,13 @@ class SlicedBlock(nn.Module):
         given = dict(zip(self.takes, args, strict=False)) | kwargs
         given = {key: value for key, value in given.items() if not key.startswith("encoder_")}
         x = _through(x, self.entry)
-        attended = self._part(self.parts.o.rpartition(".")[0])(self._part(self.parts.attention_norm)(x), **given)
+        first, second = (self.get_submodule(name) for name in self.norm_names)
+        attended = self.get_submodule(self.attention_name)(first(x), **given)
         x = _through(x, self.attention_shortcut) + (attended if isinstance(attended, Tensor) else attended[0])
-        inside = self._part(self.parts.feed_forward_norm)(x)
+        inside = second(x)
         for name in self.feed_forward_names:
             inside = self.get_submodule(name)(inside)
         return _through(x, self.feed_forward_shortcut) + inside  # type: ignore[no-any-return]
-
-    def _part(self, name: str) -> Any:
-        return self.get_submodule(name.removeprefix(self.prefix))
 
 
 def principal_components(signal: Tensor) -> Tensor:
@@ -179,7 +176,7 @@ def _through(x: Tensor, shortcut: Tensor | None) -> Tensor:
     return x if shortcut is None else x @ shortcut
 
 
-def _slice_(model: nn.Module, block: SlicedBlock, name: str, q: Tensor) -> None:
+def _slice_(model: nn.Module, block: SlicedBlock, parts: BlockParts, name: str, q: Tensor) -> None:
     r"""Slice what stands around a norm, inside of its block: the layers that read it, the writer and the shortcut before it.
 
     With $D'$ channels left of D, the norm still has to divide by $\sqrt{\sum x^2 / D + \epsilon}$; the mean over what is left is
@@ -187,7 +184,7 @@ def _slice_(model: nn.Module, block: SlicedBlock, name: str, q: Tensor) -> None:
 
     A block's input and output keep their width until `_join_`, so that it runs beside blocks that are whole.
     """
-    norm, parts, share = cast(RMSNorm, model.get_submodule(name)), block.parts, q.shape[1] / len(q)
+    norm, share = cast(RMSNorm, model.get_submodule(name)), q.shape[1] / len(q)
     first = name == parts.attention_norm
     for reader in dict.fromkeys((parts.q, parts.k, parts.v) if first else (parts.gate, parts.up)):
         if reader is not None:
@@ -207,9 +204,9 @@ def _join_(model: nn.Module, parts: Anatomy, blocks: list[SlicedBlock], found: d
     whole = parts.writers[0] == "transformer.wte"  # GPT-2 reshapes what leaves the blocks to the width of what enters
     for name in () if whole else parts.writers:
         write_in_(model.get_submodule(name), found[parts.blocks[0].attention_norm])
-    for before, after in pairwise(blocks):
-        q = found[after.parts.attention_norm]
-        write_in_(model.get_submodule(before.parts.down), q)
+    for (before, ahead), (_, behind) in pairwise(zip(blocks, parts.blocks, strict=True)):
+        q = found[behind.attention_norm]
+        write_in_(model.get_submodule(ahead.down), q)
         before.feed_forward_shortcut = _then(before.feed_forward_shortcut, q)
     for block in blocks[1:] if whole else blocks:
         block.entry = None

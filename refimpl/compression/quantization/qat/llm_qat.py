@@ -185,11 +185,11 @@ class RoundedLinear(CompressedLinear):
 
     def __init__(self, compressed: CompressedWeight, bias: Tensor | None, parts: Parts, bits: int) -> None:
         super().__init__(compressed, bias)
-        self.parts, self.bits = parts, bits
+        self.parts, self.bits = tuple((part.start, part.stop) for part in parts), bits
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        return _rounded(super().forward(inputs), self.parts, self.bits)
+        return _rounded(super().forward(inputs), [slice(*part) for part in self.parts], self.bits)
 
 
 def _rounded(outputs: Tensor, parts: Parts, bits: int) -> Tensor:

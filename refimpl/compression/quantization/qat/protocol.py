@@ -38,8 +38,8 @@ Examples:
 Invariants, run for every method by `tests/compression/quantization/qat/test_protocol.py`: the model given is not written, by
 `prepare`, by training, nor by `convert`; a gradient reaches every parameter; training lowers the loss of the model that
 `convert` gives; that model computes what the trained one computed, to rounding; it holds packed codes and no master copy; a
-batch equals its rows, decoding with a cache equals reading at once; saving and loading is the identity; the same seed gives the
-same model.
+batch equals its rows, decoding with a cache equals reading at once; saving and loading is the identity, in a folder too
+(`refimpl.compression.folder`); the same seed gives the same model.
 """
 
 import copy

@@ -93,6 +93,18 @@ def test_recovery_trains_and_merges(build, tokens, logits):
     assert losses[1] < 0.9 * losses[0]
 
 
+def test_steps_and_rate_are_the_recoverys(tokens):
+    """Oracle: pruning without recovery, and the recovery called by hand. Controls: none of it, one step more, another rate."""
+    pruned = LLMPruner(sparsity=0.5, steps=0)(decoder(), [tokens])
+    found = LLMPruner(sparsity=0.5, steps=2, lr=1e-2)(decoder(), [tokens]).state_dict()
+    for steps, lr in ((2, 1e-2), (0, 1e-2), (3, 1e-2), (2, 2e-2)):
+        healed = copy.deepcopy(pruned)
+        if steps:
+            recover_(healed, [tokens], steps, lr)
+        same = all(torch.equal(value, found[name]) for name, value in healed.state_dict().items())
+        assert same == ((steps, lr) == (2, 1e-2))
+
+
 def test_recovery_is_the_scripts(tokens, monkeypatch):
     """Oracle: post_training.py by hand: rank 8, alpha 16, AdamW with gradients of norm 1 at most, and a rate that rises, then falls
     in a line: over four steps with a first one of warm-up it is 1, 1, 2/3 and 1/3 of the largest."""
@@ -158,6 +170,12 @@ def test_what_can_not_be_pruned_is_refused(tokens):
         LLMPruner()(decoder(), [tokens[:, :1]])
     with pytest.raises(ValueError, match="has no blocks"):
         LLMPruner()(nn.Sequential(nn.Embedding(61, 4)), [tokens])
+    small = compress(decoder(), Wanda(), [tokens])
+    message = r"layer 'layers\.1\.attention\.q_proj' is compressed already: prune the original model, and compress"
+    with pytest.raises(ValueError, match=message):
+        LLMPruner()(small, [tokens])
+    ends = compress(decoder(), Wanda(), [tokens], target=["layers.0.*", "layers.3.*"])  # those are left whole
+    assert LLMPruner(steps=0)(ends, [tokens]).layers[1].feed_forward.up_proj.out_features == 30
     broken = decoder()
     nn.init.constant_(broken.layers[0].attention_norm.weight, float("nan"))
     with pytest.raises(ValueError, match="the loss on calibration batch 0 is nan"):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ from torch import nn
 from torch.testing import assert_close
 
 import taxonomy
+from refimpl.compression.folder import load_compressed, save_compressed
 from refimpl.compression.protocol import CompressedLinear
+from refimpl.compression.quantization.qat.llm_qat import LLMQAT
 from refimpl.compression.quantization.qat.protocol import QAT, FakeLinear, exchanged, logits_of
 from refimpl.compression.quantization.qat.ste_qat import STEQAT
 from refimpl.model.cache import FullCache
+from refimpl.model.model import Attention
 from refimpl.model.train import train
-from tests.compression.conftest import VOCABULARY, decoder
+from tests.compression.conftest import VOCABULARY, decoder, decoder_with_biases, differences
 
 METHODS = taxonomy.load().find(category="compression/quantization/qat", implemented=True)
 TEXT = torch.randint(0, VOCABULARY, (400,), generator=torch.Generator().manual_seed(5))
@@ -150,6 +154,35 @@ def test_saving_and_loading_is_the_identity(method, build, tokens, logits, tmp_p
         save_file({name: value.clone() for name, value in first.state_dict().items()}, tmp_path / "state.safetensors")
         second.load_state_dict(load_file(tmp_path / "state.safetensors"))
         assert torch.equal(logits(second, tokens), expected)
+
+
+def test_a_folder_gives_back_the_model(method, tokens, tmp_path):
+    """Oracle: the converted model in memory, bit by bit: its modules, bytes, logits, and bytes in a cache."""
+    small = method.convert(shown(method, decoder_with_biases(), tokens))
+    save_compressed(small, tmp_path / "small")
+    assert differences(load_compressed(tmp_path / "small"), small, tokens) == []
+    assert differences(decoder_with_biases(), small, tokens) != []  # negative control
+
+
+@pytest.mark.parametrize(
+    ("place", "plain", "seen"),
+    [
+        (["attention"], Attention, {"bytes of the cache"}),
+        (["attention", "v_proj"], CompressedLinear, {"logits"}),  # a cache of packed rows rounds them itself
+    ],
+)
+def test_one_module_that_is_dropped_is_seen(place, plain, seen, tokens, tmp_path):
+    """Oracle: the model in memory; of one of LLM-QAT's modules in the folder a plainer one is made."""
+    small = LLMQAT().convert(LLMQAT().prepare(decoder_with_biases()))
+    save_compressed(small, tmp_path / "small")
+    file = tmp_path / "small" / "compressed.json"
+    about = json.loads(file.read_text())
+    module = about["layers"][1]
+    for part in place:
+        module = module["modules"][part]
+    module["class"] = f"{plain.__module__}:{plain.__name__}"
+    file.write_text(json.dumps(about))
+    assert {"modules", *seen} <= set(differences(load_compressed(tmp_path / "small"), small, tokens))
 
 
 def test_a_batch_equals_its_rows_and_a_cached_step_reading_at_once(method, build, architecture, tokens, logits):
