@@ -28,7 +28,12 @@ TASKS = ("single_doc_qa", "few_shot", "retrieval")
 
 ABOUT = (
     "The testbed's model in 16 bit, compressed with 64 windows of 256 tokens of training text: perplexity on held-out text, "
-    "mean score on three tasks, bytes held, and the time and memory that compressing takes."
+    "mean score on three tasks, bytes held, and the time and memory that compressing takes. `bits` are those of a weight's code. "
+    "What shares a grid is 32 neighbours in a row where a method has such groups; it is a row in OBQ, QuaRot, LLM.int8() and "
+    "Outlier Suppression+, several rows in ZeroQuant, a cluster of a row's columns in RPTQ, the whole weight in KL clipping, "
+    "SmoothQuant and QuIP. Scales are among the bytes, so that the difference shows. Activations stay in 16 bit, but for "
+    "SmoothQuant and Outlier Suppression+ (as many bits as weights), LLM.int8() and ZeroQuant (8, like ZeroQuant's attention "
+    "weights), QuaRot and RPTQ (4; behind norms RPTQ's have 8)."
 )
 VERSION = 2
 METRICS = (

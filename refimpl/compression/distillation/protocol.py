@@ -12,7 +12,8 @@ Glossary
     run             what lives through one training: a buffer, a schedule, matrices that are trained beside the student
 
 A white-box method sees the teacher's logits: it is a loss, and, if it does not learn from the batch as it is, a choice of
-sequences. A black-box method gets a function that returns text the teacher wrote, and nothing else of the teacher:
+sequences. A black-box method gets a function that returns text the teacher wrote, and nothing else of the teacher, in whose place
+`distill` hands it a `TextOnly`:
 
     white box   sequences(batch, student, teacher, generator) -> Sequences;  loss(student_logits, teacher_logits, labels, mask)
     black box   sequences(batch, student, write, generator) -> Sequences;    the loss is that of plain training
@@ -37,6 +38,7 @@ holds nothing of a model.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -159,6 +161,26 @@ class BlackBox(Distillation):
         return self.objective(student, self.sequences(batch, student, writer(teacher, generator), generator))
 
 
+class TextOnly(nn.Module):
+    """What stands for a teacher of which text is all there is: `writer` takes it, and it has no weights and gives no logits.
+
+    Args:
+        teacher: who writes.
+    """
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.writer = partial(writer, teacher)  # no module of this one's
+
+    def forward(self, *_inputs: Tensor) -> Tensor:
+        """There are no logits.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("this teacher shows its text only: a method that reads logits is a WhiteBox")
+
+
 def distill(
     student: nn.Module,
     teacher: nn.Module,
@@ -188,6 +210,8 @@ def distill(
         ValueError: no steps, batches that end before, or vocabularies that differ.
     """
     teacher.eval()
+    if isinstance(method, BlackBox):
+        teacher = TextOnly(teacher)
     run = method.begin(student, teacher, steps, generator, unseen)
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -207,6 +231,8 @@ def distill(
 
 def writer(teacher: nn.Module, generator: torch.Generator) -> Write:
     """A function that has the teacher write, and gives away nothing else of it."""
+    if isinstance(teacher, TextOnly):
+        return teacher.writer(generator)
 
     def write(prompts: Tensor, n: int, *, temperature: float = 0.0, beams: int | None = None) -> Tensor:
         if not isinstance(teacher, Decoder):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import taxonomy
+from refimpl.compression.distillation import protocol
 from refimpl.compression.distillation.protocol import (
     BlackBox,
     Run,
@@ -203,21 +204,113 @@ def test_what_a_run_trains_is_lent_to_the_optimizer_and_taken_back(student, teac
     assert len(optimizer.param_groups) == 1  # also after an error
 
 
-def test_a_black_box_method_meets_no_logit(method, student, teacher):
-    """Oracle: what the method is handed: of the teacher only a function that returns tokens."""
+class Sealed(Decoder):
+    """A teacher that reads nothing but while it writes."""
+
+    writes = False
+
+    def forward(self, *args, **kwargs):
+        assert self.writes, "the teacher was asked for logits"
+        return super().forward(*args, **kwargs)
+
+
+@pytest.fixture
+def sealed(teacher, monkeypatch):
+    """The teacher, sealed; the two functions that `writer` calls, and no others, open the seal, and only until they return."""
+    model = Sealed(teacher.config)
+    model.load_state_dict(teacher.state_dict())
+
+    def opening(search):
+        def opened(writing, *args, **kwargs):
+            model.writes = writing is model
+            try:
+                return search(writing, *args, **kwargs)
+            finally:
+                model.writes = False
+
+        return opened
+
+    for name in ("generate", "beam_search"):
+        monkeypatch.setattr(protocol, name, opening(getattr(protocol, name)))
+    return model
+
+
+def test_a_black_box_method_meets_no_logit(method, student, sealed, teacher):
+    """Oracle: a teacher that raises when it is read, but for writing; the same training with a teacher that may be read; and what
+    the method is handed: modules without a weight, and a function that returns tokens.
+    """
     if not isinstance(method, BlackBox):
+        with pytest.raises(AssertionError, match="asked for logits"):
+            trained(method, student, sealed)
         pytest.skip("a white-box method sees the teacher's logits")
-    handed = []
+    handed, wrote = [], []
 
     class Watched(type(method)):
+        def begin(self, student, teacher, *args, **kwargs):
+            handed.append(teacher)
+            run = super().begin(student, teacher, *args, **kwargs)
+            step = run.step
+
+            def watched(student, teacher, batch, generator):
+                handed.append(teacher)
+                return step(student, teacher, batch, generator)
+
+            run.step = watched
+            return run
+
         def sequences(self, batch, student, write, generator):
-            handed.append(write(batch[:, :3], 4))
-            assert callable(write) and not isinstance(write, nn.Module) and not hasattr(write, "logits")
+            wrote.append(write(batch[:, :3], 4))
             return super().sequences(batch, student, write, generator)
 
     settings = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    trained(Watched(**settings), student, teacher, steps=2)
-    assert all(out.dtype == torch.int64 and out.shape == (3, 4) for out in handed) and handed
+    assert trained(method, student, sealed, steps=6)[1] == trained(method, student, teacher, steps=6)[1]
+    trained(Watched(**settings), student, sealed, steps=6)
+    assert len(handed) == 7 and not any(module.state_dict() or list(module.modules())[1:] for module in handed)
+    assert wrote and all(out.dtype == torch.int64 and out.shape == (3, 4) for out in wrote)
+
+
+def found_in(write):
+    """The model that a function encloses."""
+    return next(c.cell_contents for c in write.__closure__ if isinstance(c.cell_contents, nn.Module))
+
+
+class Asking(Copying):
+    """A cheat: its step asks what it is handed for logits."""
+
+    def step(self, student, teacher, batch, generator):
+        return label_loss(logits_of(student, batch[:, :-1]), logits_of(teacher, batch[:, :-1]).argmax(-1))
+
+
+class Digging(Copying):
+    """A cheat: it takes the teacher out of the function that writes."""
+
+    def sequences(self, batch, student, write, generator):
+        logits_of(found_in(write), batch)
+        return super().sequences(batch, student, write, generator)
+
+
+class DiggingDeeper(Copying):
+    """A cheat: it takes the teacher out of what it is handed in its place."""
+
+    def step(self, student, teacher, batch, generator):
+        logits_of(found_in(writer(teacher, generator)), batch)
+        return super().step(student, teacher, batch, generator)
+
+
+@pytest.mark.parametrize(
+    ("cheat", "error", "message"),
+    [
+        (Asking, TypeError, "shows its text only"),
+        (Digging, AssertionError, "asked for logits"),
+        (DiggingDeeper, AssertionError, "asked for logits"),
+    ],
+)
+def test_who_reads_the_teacher_in_secret_is_found_out(cheat, error, message, student, sealed, teacher):
+    """Oracle: negative controls of the test above: methods that reach for logits, of which it must not think well."""
+    with pytest.raises(error, match=message):
+        trained(cheat(), student, sealed)
+    if error is AssertionError:
+        trained(cheat(), student, teacher, steps=1)  # without the seal none would notice
 
 
 def test_the_teacher_writes_as_generate_does(teacher):

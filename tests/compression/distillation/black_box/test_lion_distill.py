@@ -13,7 +13,7 @@ from refimpl.compression.distillation.black_box import lion_distill
 from refimpl.compression.distillation.black_box.lion_distill import Lion, Loop
 from refimpl.compression.distillation.black_box.pools import Pools
 from refimpl.compression.distillation.black_box.roles import Prompted
-from refimpl.compression.distillation.protocol import distill, label_loss
+from refimpl.compression.distillation.protocol import TextOnly, distill, label_loss
 from refimpl.model.config import Config
 from refimpl.model.generate import generate
 from refimpl.model.model import Decoder, initialize_
@@ -207,7 +207,7 @@ def test_training_on_windows_needs_the_teachers_text_only(generator, monkeypatch
     """Oracle: a sealed teacher; 24 steps: 12 on the text, 4 after each round (growth 1/3), and what each has learnt from."""
     real = lion_distill.writer
     monkeypatch.setattr(
-        lion_distill, "writer", lambda model, g: counting if isinstance(model, Sealed) else real(model, g)
+        lion_distill, "writer", lambda model, g: counting if isinstance(model, TextOnly) else real(model, g)
     )
     runs = []
 

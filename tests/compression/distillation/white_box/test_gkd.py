@@ -88,7 +88,7 @@ def test_tokens_that_the_teacher_rules_out(generator):
     assert GKD(divergence="reverse").loss(z, out, labels) == float("inf")
 
 
-def test_forward_covers_and_reverse_seeks(fit, two_bells):
+def test_forward_covers_and_reverse_seeks(fit, two_bells, claim):
     """Oracle: closed form: the bell nearest by the forward divergence has the teacher's mean and variance; by the reverse
     one it is the larger of its two bells, which hardly overlap; JSD near each end does as its limit does."""
     grid, p = torch.linspace(-8, 8, 161, **DOUBLE), two_bells.exp()
@@ -98,6 +98,8 @@ def test_forward_covers_and_reverse_seeks(fit, two_bells):
     forward, reverse = (fit(GKD(divergence=name).loss)[:2] for name in ("forward", "reverse"))
     assert forward == pytest.approx(covering, abs=1e-4)
     assert reverse == pytest.approx([-3.0, 0.7], abs=1e-3)
+    claim("gkd", "forward-covers", forward[1] / covering[1])
+    claim("gkd", "reverse-seeks", abs(reverse[0] + 3) / 3)  # the bells stand at -3 and 3, their middle at 0
     assert fit(GKD(beta=0.02).loss)[:2] == pytest.approx(covering, rel=0.02)
     assert fit(GKD(beta=0.98).loss)[:2] == pytest.approx([-3.0, 0.7], rel=0.02)
 

@@ -247,7 +247,7 @@ def error(weight, dense, inputs):
     return float((inputs @ (dense - weight).T).norm() / (inputs @ weight.T).norm())
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_claim_beats_rtn(bits, claim, generator):
     """Output error in groups of 128, over that of round-to-nearest, on the arena's layer."""
     weight, inputs = substrate(generator)

@@ -282,15 +282,13 @@ def test_beside_the_authors_procedure(peer, measured_layer, generator):
     )
 
 
-def test_claim_beats_rtn(claim, generator):
-    """Output error over that of round-to-nearest, 3 bits a channel, on the arena's layer."""
+@pytest.mark.parametrize(("bits", "name"), [(2, "beats-rtn-at-2-bits"), (3, "beats-rtn"), (4, "beats-rtn-at-4-bits")])
+def test_claim_beats_rtn(bits, name, claim, generator):
+    """Output error over that of round-to-nearest, on whole channels of the arena's layer."""
     weight, inputs = substrate(generator)
-    ours = GPTQ(bits=3, group_size=None)(weight, inputs).dense()
-    claim(
-        "gptq",
-        "beats-rtn",
-        error(weight, ours, inputs) / error(weight, RTN(bits=3, granularity="channel")(weight).dense(), inputs),
-    )
+    ours = GPTQ(bits=bits, group_size=None)(weight, inputs).dense()
+    plain = RTN(bits=bits, granularity="channel")(weight).dense()
+    claim("gptq", name, error(weight, ours, inputs) / error(weight, plain, inputs))
 
 
 def test_claim_act_order(claim, generator):

@@ -217,6 +217,15 @@ def test_claim_beats_gptq(bits, claim, generator):
     )
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_claim_beats_rtn(bits, claim, generator):
+    """Output error over that of round-to-nearest on whole channels, on the arena's layer."""
+    weight, inputs = substrate(generator)
+    ours = error(weight, QuIP(bits=bits)(weight, inputs).dense(), inputs)
+    plain = error(weight, RTN(bits=bits, granularity="channel")(weight).dense(), inputs)
+    claim("quip", f"beats-rtn-at-{bits}-bits", ours / plain)
+
+
 def test_claim_ldlq_is_optq(claim, generator):
     """Largest difference of any weight between LDLQ and GPTQ on the arena's layer, at 2, 3 and 4 bits."""
     weight, inputs = substrate(generator)
