@@ -64,16 +64,26 @@ def read_config(path: str | Path) -> Config:
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; a checkpoint is a folder with config.json and *.safetensors")
+    found = read_object(file)
+    try:
+        return _config(found)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        ValueError: it holds none.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file}: holds {type(found).__name__}, must be an object")
-    try:
-        return _config(found)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    return found
 
 
 def config_json(config: Config) -> dict[str, Any]:

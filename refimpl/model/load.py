@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from refimpl.model.config_json import config_json, read_config
+from refimpl.model.config_json import config_json, read_config, read_object
 from refimpl.model.model import Decoder
 from refimpl.model.tensor_files import INDEX, SINGLE, headers, opened, some, tensor_files
 
@@ -154,19 +154,29 @@ def tokenizer(path: str | Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: there is no tokenizer.json or no config.json.
-        ValueError: it is no tokenizer, or has a token that the model's vocabulary has not.
+        ValueError: it is no tokenizer, or another model's: it has a token that the model's vocabulary has not, or texts begin with
+            another one.
     """
-    file = Path(path) / "tokenizer.json"
+    folder = Path(path)
+    file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; tokenizer.json is the only format that is read")
     try:
         found = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more special
         raise ValueError(f"{file}: is no tokenizer: {error}") from error
-    vocabulary = read_config(path).vocabulary
+    vocabulary = read_config(folder).vocabulary
     token, index = max(found.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", -1))
     if index >= vocabulary:
         raise ValueError(f"{file}: token {token!r} is number {index}, the model's vocabulary ends at {vocabulary - 1}")
+    more, begins = folder / "tokenizer_config.json", read_object(folder / "config.json").get("bos_token_id")
+    first = read_object(more).get("bos_token") if more.is_file() else None
+    first = first.get("content") if isinstance(first, dict) else first
+    if isinstance(first, str) and isinstance(begins, int) and found.token_to_id(first) != begins:
+        number = found.token_to_id(first)
+        raise ValueError(
+            f"{file}: texts begin with {first!r}, number {number}, and by config.json with number {begins}; is it another model's tokenizer?"
+        )
     return found
 
 

@@ -46,7 +46,9 @@ class Decoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.d_model)
+        # Drawn as `nn.Embedding` would, which on `meta` (see `load`) first imports torch's compiler: most of a second.
+        drawn = torch.randn(config.vocabulary, config.d_model)
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(drawn, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocabulary, bias=False)

@@ -191,3 +191,24 @@ def test_tokenizer(checkpoint):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is no tokenizer"):
         tokenizer(folder)
+
+
+@pytest.mark.parametrize("first", ["w1", {"content": "w1", "lstrip": False}])
+def test_a_tokenizer_whose_texts_begin_otherwise_is_another_models(checkpoint, first):
+    """Oracle: by hand: `w1` is number 1 here. A model, or a tokenizer, that names no first token says nothing."""
+    _, folder = checkpoint("llama", bos_token_id=1)
+    words(folder, 61)
+    more = folder / "tokenizer_config.json"
+    for said in (None, {"bos_token": first}, {"bos_token": None}):
+        if said is not None:
+            more.write_text(json.dumps(said))
+        assert tokenizer(folder).token_to_id("w1") == 1
+    for other, number in (("w2", 2), ("w99", None)):
+        more.write_text(json.dumps({"bos_token": other}))
+        with pytest.raises(
+            ValueError, match=f"begin with '{other}', number {number}, and by config.json with number 1"
+        ):
+            tokenizer(folder)
+    more.write_text("[")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: is not JSON"):
+        tokenizer(folder)
