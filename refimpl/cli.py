@@ -436,7 +436,10 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Default settings only, and less of everything.")] = False,
     jobs: Jobs = None,
     engine: Annotated[
-        str, typer.Option(help="`loky`: processes of this machine; `ray`: a cluster, by `RAY_ADDRESS`; `here`: this process, for debuggers.")
+        str,
+        typer.Option(
+            help="`loky`: processes of this machine; `ray`: a cluster, by `RAY_ADDRESS`; `here`: this process, for debuggers."
+        ),
     ] = "loky",
     retry: Retry = False,
     store: StoreFile = None,
