@@ -190,6 +190,8 @@ FINDINGS = (
             s.share(WHILE_READING, "code_completion", compression=4),
             s.share("llmlingua2", "code_completion", compression=4),
         ),
+        why="what completes a call here is a definition that stands far back: it goes with the tokens that are dropped, and LLMLingua-2's classifier "
+        "was taught to keep such lines, where the last lines of a program, which are not dropped, say much of how LongBench's go on",
     ),
     Finding(
         "Dropping tokens can raise code completion above what the uncompressed model does.",
@@ -206,6 +208,7 @@ FINDINGS = (
             s.share("llmlingua2", "multi_doc_qa", compression=4),
             s.share("llmlingua2", "code_completion", compression=4),
         ),
+        why="the classifier was taught here to keep the very lines of a program that are asked for",
     ),
     Finding(
         "Purely linear-time models fail at retrieval; some attention helps.",
