@@ -78,6 +78,9 @@ def visit(browser, address):
             "request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else complaints.append(r.url)
         )
         page.goto(address + path, wait_until="networkidle")
+        page.wait_for_function(
+            "want => document.body.dataset.mdColorScheme === want", arg="slate" if dark else "default"
+        )
         return page
 
     yield open_page

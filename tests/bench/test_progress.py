@@ -20,7 +20,8 @@ class Clock:
 
 
 @pytest.fixture
-def clock():
+def clock(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # on one that is dumb no bar is drawn
     return Clock()
 
 
