@@ -32,12 +32,7 @@ FAMILY = "refimpl.compression."
 OTHERS = (nn.Linear, nn.Embedding, nn.Identity, Block, Attention, SwiGLU, RMSNorm)
 DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 BARE = vars(nn.Module())
-SAID = (
-    "training",
-    "_parameters",
-    "_buffers",
-    "_modules",
-)  # of these, those that a description has, or that it need not have
+SAID = {"training", "_parameters", "_buffers", "_modules"}  # of these, what is described, or needs not be
 
 
 def described(module: nn.Module, where: str, shared: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +75,7 @@ def check_bare(module: nn.Module, where: str) -> None:
     Raises:
         ValueError: the module itself has some.
     """
-    for name in BARE.keys() - set(SAID):
+    for name in BARE.keys() - SAID:
         if vars(module)[name] != BARE[name]:
             raise ValueError(f"{where} has {name.strip('_')}, which can't be written down: remove them before saving")
 

@@ -30,11 +30,12 @@ def test_cells_looked_at_together_have_the_keys_that_each_has_alone(toys, tmp_pa
         (tmp_path / name / "config.json").write_text(name)
     cells = [
         toy(),
-        toy(implementation="refimpl.toys.methods:Bad"),
-        toy(implementation="refimpl.bench.cells:Cell"),
+        toy("Bad"),
+        msgspec.structs.replace(toy(), implementation="refimpl.bench.cells:Cell"),
         toy(model=str(tmp_path / "model")),
         toy(model=str(tmp_path / "other")),
-        toy(texts=str(tmp_path / "model")),
+        msgspec.structs.replace(toy(), texts=str(tmp_path / "model")),
+        msgspec.structs.replace(toy(), texts=str(tmp_path / "other")),
     ]
     together = [key(each) for each in determinants(cells, content_digest)]
     assert together == [key_of(cell) for cell in cells]

@@ -1,12 +1,15 @@
 """Tiny models of four architectures, four blocks each, with wide initial weights, so that attention is not flat."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from refimpl.compression.folder import load_compressed
 from refimpl.model.cache import FullCache
 from refimpl.model.config import Config
 from refimpl.model.model import Decoder, initialize_
@@ -40,6 +43,18 @@ def differences(one: Decoder, other: Decoder, tokens: torch.Tensor) -> list[str]
         found.setdefault("cached logits", []).append([model(part, cache).tolist() for part in tokens.split([8, 3], 1)])
         found.setdefault("bytes of the cache", []).append(cache.nbytes)
     return [name for name, (first, second) in found.items() if first != second]
+
+
+def with_a_plainer_module(folder: Path, place: list[str], plain: type[nn.Module]) -> Decoder:
+    """What a folder gives back once it describes a module of its second block, by the names down to it, as one of another class."""
+    file = folder / "compressed.json"
+    about = json.loads(file.read_text())
+    module = about["layers"][1]
+    for part in place:
+        module = module["modules"][part]
+    module["class"] = f"{plain.__module__}:{plain.__name__}"
+    file.write_text(json.dumps(about))
+    return load_compressed(folder)
 
 
 def llama() -> nn.Module:

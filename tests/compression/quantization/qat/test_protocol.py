@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from refimpl.compression.quantization.qat.ste_qat import STEQAT
 from refimpl.model.cache import FullCache
 from refimpl.model.model import Attention
 from refimpl.model.train import train
-from tests.compression.conftest import VOCABULARY, decoder, decoder_with_biases, differences
+from tests.compression.conftest import VOCABULARY, decoder, decoder_with_biases, differences, with_a_plainer_module
 
 METHODS = taxonomy.load().find(category="compression/quantization/qat", implemented=True)
 TEXT = torch.randint(0, VOCABULARY, (400,), generator=torch.Generator().manual_seed(5))
@@ -175,14 +174,8 @@ def test_one_module_that_is_dropped_is_seen(place, plain, seen, tokens, tmp_path
     """Oracle: the model in memory; of one of LLM-QAT's modules in the folder a plainer one is made."""
     small = LLMQAT().convert(LLMQAT().prepare(decoder_with_biases()))
     save_compressed(small, tmp_path / "small")
-    file = tmp_path / "small" / "compressed.json"
-    about = json.loads(file.read_text())
-    module = about["layers"][1]
-    for part in place:
-        module = module["modules"][part]
-    module["class"] = f"{plain.__module__}:{plain.__name__}"
-    file.write_text(json.dumps(about))
-    assert {"modules", *seen} <= set(differences(load_compressed(tmp_path / "small"), small, tokens))
+    again = with_a_plainer_module(tmp_path / "small", place, plain)
+    assert {"modules", *seen} <= set(differences(again, small, tokens))
 
 
 def test_a_batch_equals_its_rows_and_a_cached_step_reading_at_once(method, build, architecture, tokens, logits):
