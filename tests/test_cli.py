@@ -643,6 +643,7 @@ class Waits:
     ARENA = {"n": [1]}
     def __init__(self, n): pass
     def __call__(self, weight, inputs):
+        os.kill(os.getpid(), signal.SIGINT)  # a process that heard it would stop here
         os.write(1, b"waiting\\n")
         signal.pause()
 """

@@ -2,12 +2,14 @@
 
 import os
 import platform
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
+from multiprocessing import resource_tracker
 from typing import Any, Literal
 
 import torch
@@ -74,7 +76,8 @@ class Pool:
         jobs = max(2, self.jobs)  # joblib runs a single one in this process
         with self._backend():
             parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch=self.jobs, batch_size=1)
-            results = parallel(delayed(work)(*item) for item in cells)
+            with _deaf_to_interrupts():
+                results = parallel(delayed(work)(*item) for item in cells)
             try:
                 yield from results
             except Exception as error:
@@ -92,6 +95,23 @@ class Pool:
             return
         with parallel_config("ray-unordered", ray_remote_args={**self._held, "scheduling_strategy": "SPREAD"}):
             yield
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes begun in here inherit that ^C, which a terminal sends to all of them, is for this one alone, which ends them.
+
+    Left to themselves they would print where each of them stood.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # which unblocks what it finds blocked, if it has yet to begin
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def compute(key: str, cell: Cell, *, threads: int, path: tuple[str, ...]) -> Done:
