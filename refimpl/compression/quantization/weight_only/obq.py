@@ -5,10 +5,9 @@ IST-DASLab/OBC@9b7979bfc9ee20d87db553823a32ee9890beaa99, trueobs.py (`quantize`)
 the grid, and main_trueobs.py for the defaults.
 
 Differs from the paper: the Hessian is damped by one percent of its mean diagonal, as GPTQ does when it compares itself with OBQ;
-the official code damps nothing unless told to, and adds 1 to the diagonal if the factorization fails. The inverse of a row is not rewritten at
-each step: the vectors that the steps subtract are kept apart (they are the rows of a Cholesky factor of $H^{-1}$ in the order in
-which the row is rounded), and only what a step needs is computed, which gives the same numbers and reads a sixth of the memory.
-Scales are stored in float16.
+the official code damps nothing unless told to, and adds 1 to the diagonal if the factorization fails. The inverse of a row is not
+rewritten at each step but every 64: the vectors that the steps subtract are kept apart meanwhile, and only what a step needs is
+computed, which gives the same numbers and reads a fraction of the memory. Scales are stored in float16.
 
 Not here: pruning (the other half of `obc`), weights of a pruned layer that must stay zero, activations, groups.
 """
@@ -25,6 +24,7 @@ from refimpl.compression.quantization.grid_search import shrunk_grid
 from refimpl.compression.quantization.packed import QuantizedWeight
 
 ROWS = 32  # rows at once, as in the official code: each has its own inverse
+STEPS = 64  # after which inverses are written anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,35 +114,40 @@ class OBQ:
     def _eliminate(self, weight: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The elimination on some rows at once: codes `[rows, in]`.
 
-        Weights lie in the order in which they are rounded: at step t, places 0 to t - 1 are done, and the one that is chosen
-        changes places with the one at t. `inverse` is $H^{-1}$ before any step; scale and zero are `[rows, 1]`.
+        `inverse` is $H^{-1}$ before any step; scale and zero are `[rows, 1]`.
         """
         rows, n = weight.shape
-        row, w = torch.arange(rows, device=weight.device), weight.clone()
-        place = torch.arange(n, device=weight.device).repeat(rows, 1)  # the column that lies at each place
-        diagonal = inverse.diagonal().repeat(rows, 1)
-        subtracted = weight.new_zeros(rows, n, n)  # [row, step, place]
+        row, w = torch.arange(rows, device=weight.device), weight
+        column = torch.arange(n, device=weight.device).repeat(rows, 1)  # of the weights that are left
+        inverses = inverse.expand(rows, n, n)
         codes = torch.empty_like(weight, dtype=torch.uint8)
-        for t in range(n):
-            code = (w[:, t:] / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1)
-            error = w[:, t:] - (code - zero) * scale
-            chosen = self._choice(error, diagonal[:, t:], scale)
-            codes[row, place[row, t + chosen]] = code[row, chosen].to(torch.uint8)
-            for held in (place, w, diagonal, subtracted[:, :t].transpose(1, 2)):
-                first, moved = held[:, t].clone(), held[row, t + chosen]
-                held[row, t + chosen], held[:, t] = first, moved
-            before = subtracted[:, :t, t:]
-            column = inverse[place[:, t, None], place[:, t:]] - (before[:, None, :, 0] @ before)[:, 0]
-            pivot = column[:, :1].clone()
-            w[:, t:] -= error[row, chosen][:, None] / pivot * column
-            subtracted[:, t, t:] = column.div_(pivot.sqrt_())
-            diagonal[:, t:] -= column.square_()
+        for start in range(0, n, STEPS):
+            w, diagonal = w.clone(), inverses.diagonal(dim1=1, dim2=2).clone()
+            free = torch.ones_like(w, dtype=torch.bool)
+            subtracted = w.new_zeros(rows, min(STEPS, n - start), w.shape[1])  # by each step; Lemma 1
+            for t in range(subtracted.shape[1]):
+                code = (w / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1)
+                error = w - (code - zero) * scale
+                chosen = self._choice(error, diagonal, scale, free)
+                codes[row, column[row, chosen]] = code[row, chosen].to(torch.uint8)
+                before = subtracted[:, :t]
+                current = inverses[row, chosen] - (before[row, :, chosen, None].mT @ before)[:, 0]
+                pivot = current[row, chosen, None]
+                w -= error[row, chosen, None] / pivot * current
+                subtracted[:, t] = current.div_(pivot.sqrt())
+                diagonal -= current.square_()
+                free[row, chosen] = False
+            left = free.nonzero()[:, 1].view(rows, -1)
+            w, column = w.gather(1, left), column.gather(1, left)
+            at = (row[:, None, None], left[:, :, None], left[:, None])
+            lost = subtracted.gather(2, left[:, None].expand(-1, subtracted.shape[1], -1))
+            inverses = inverses[at].baddbmm_(lost.mT, lost, alpha=-1)
         return codes
 
-    def _choice(self, error: Tensor, diagonal: Tensor, scale: Tensor) -> Tensor:
-        """Which of the free weights is next in each row, `[rows]`; error and diagonal are `[rows, free]`."""
+    def _choice(self, error: Tensor, diagonal: Tensor, scale: Tensor, free: Tensor) -> Tensor:
+        """Which of the free weights is next in each row, `[rows]`; error, diagonal and free are `[rows, left]`."""
         if self.order == "given":
-            return torch.zeros(len(error), dtype=torch.long, device=error.device)
-        cheapest = (error.square() / diagonal).argmin(dim=1)
-        worst, at = error.abs().max(dim=1)  # pushed off the grid: at once, while others can make up for it
+            return free.cumsum(1).eq_(1).logical_and_(free).nonzero()[:, 1]
+        cheapest = (error.square() / diagonal).masked_fill_(~free, torch.inf).argmin(dim=1)
+        worst, at = error.abs().mul_(free).max(dim=1)  # pushed off the grid: at once, while others can make up for it
         return torch.where(worst > scale[:, 0] / 2, at, cheapest)

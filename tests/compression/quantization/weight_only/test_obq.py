@@ -66,8 +66,10 @@ def from_scratch(row, hessian, scale, zero, bits):
 @pytest.mark.parametrize("grid", ["clipped", "range"])
 @pytest.mark.parametrize("bits", [2, 3])
 @pytest.mark.parametrize("damping", [0.01, 0.2])
-def test_equals_the_greedy_choice_made_from_scratch(grid, bits, damping, generator):
+@pytest.mark.parametrize("steps", [2, 64])
+def test_equals_the_greedy_choice_made_from_scratch(grid, bits, damping, steps, generator, monkeypatch):
     """Oracle: every candidate of every step refitted by least squares, in float64, with no inverse and no downdate."""
+    monkeypatch.setattr("refimpl.compression.quantization.weight_only.obq.STEPS", steps)
     weight, inputs = layer(generator, out=35, columns=7, dtype=torch.float64)  # more than a block of rows
     packed = OBQ(bits=bits, grid=grid, damping=damping, scale_dtype=torch.float32)(weight, inputs)
     hessian = damped(inputs, damping)
@@ -132,9 +134,13 @@ def test_what_is_pushed_off_the_grid_goes_first():
     method = OBQ(bits=2)
     error = torch.tensor([[0.1, 0.4, -0.2], [0.1, 0.6, -0.2]])
     diagonal = torch.tensor([[1.0, 9.0, 9.0], [1.0, 1.0, 9.0]])
-    choice = method._choice(error, diagonal, torch.ones(2, 1))
+    free = torch.ones(2, 3, dtype=torch.bool)
+    choice = method._choice(error, diagonal, torch.ones(2, 1), free)
     assert choice.tolist() == [2, 1]  # 0.04 / 9 is least; 0.6 is more than half a step
-    assert OBQ(order="given")._choice(error, diagonal, torch.ones(2, 1)).tolist() == [0, 0]
+    assert OBQ(order="given")._choice(error, diagonal, torch.ones(2, 1), free).tolist() == [0, 0]
+    free[0, 2] = free[1, 1] = free[:, 0] = False  # what is done is not chosen again
+    assert method._choice(error, diagonal, torch.ones(2, 1), free).tolist() == [1, 2]
+    assert OBQ(order="given")._choice(error, diagonal, torch.ones(2, 1), free).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -253,8 +259,8 @@ def test_claim_greedy_beats_given_without_outlier_channels(claim, generator):
 class Patient(OBQ):
     """The greedy order alone."""
 
-    def _choice(self, error, diagonal, scale):
-        return (error.square() / diagonal).argmin(dim=1)
+    def _choice(self, error, diagonal, scale, free):
+        return (error.square() / diagonal).masked_fill(~free, torch.inf).argmin(dim=1)
 
 
 @pytest.mark.parametrize("name", ["outliers-at-once", "outliers-at-once-with-outlier-channels"])
