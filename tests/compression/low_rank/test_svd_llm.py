@@ -7,11 +7,11 @@ from torch.testing import assert_close
 
 from refimpl import testbed
 from refimpl.arena.weights import substrate
-from refimpl.compression.low_rank.asvd import scaled_basis
+from refimpl.compression.low_rank.asvd import ASVD, scaled_basis
 from refimpl.compression.low_rank.factored import WholeWeight, project, rank_for
 from refimpl.compression.low_rank.svd import SVD
 from refimpl.compression.low_rank.svd_llm import SVDLLM, gram, update, whiten_then_update, whitened
-from refimpl.compression.protocol import compress
+from refimpl.compression.protocol import apply, compress
 from refimpl.model.train import perplexity
 
 
@@ -263,12 +263,25 @@ def test_claim_beats_asvd(claim, generator):
     claim("svd-llm", "beats-asvd", worst)
 
 
+def texts(subject, generator):
+    """Eight calibration windows of 128 tokens, and held-out text."""
+    text, held_out = subject.text("train", 20_000), subject.text("held-out", 2048)
+    starts = torch.randint(len(text) - 128, (8, 1), generator=generator)
+    return [text[starts + torch.arange(128)]], held_out
+
+
+def test_claim_beats_asvd_in_perplexity(claim, generator):
+    """Perplexity of held-out text over that with ASVD, its ranks searched on all calibration texts; the testbed's model, ratio 0.2."""
+    subject = testbed.subject(None, "cpu")
+    calibration, held_out = texts(subject, generator)
+    ours, theirs = (apply(method(ratio=0.2), subject.model, calibration) for method in (SVDLLM, ASVD))
+    claim("svd-llm", "beats-asvd-in-perplexity", perplexity(ours, held_out, 256) / perplexity(theirs, held_out, 256))
+
+
 def test_claim_update_helps(claim, generator):
     """Perplexity of held-out text after whitening and update over that after whitening alone; the testbed's model, ratio 0.6."""
     subject = testbed.subject(None, "cpu")
-    text, held_out = subject.text("train", 20_000), subject.text("held-out", 2048)
-    starts = torch.randint(len(text) - 128, (8, 1), generator=generator)
-    calibration = [text[starts + torch.arange(128)]]
+    calibration, held_out = texts(subject, generator)
     method, covariances = SVDLLM(ratio=0.6), []
 
     def watch(weight, inputs):

@@ -194,6 +194,16 @@ def left():
     return cache(lambda method: perplexity(apply(method, subject.model, calibration), held_out, 256))
 
 
+def test_claim_beats_magnitude_in_perplexity(claim, left):
+    """Perplexity over that of magnitude pruning, both without half of the weights, on the testbed's model."""
+    claim("wanda", "beats-magnitude-in-perplexity", left(Wanda()) / left(Magnitude()))
+
+
+def test_claim_scores_beat_size(claim, left):
+    """Perplexity with Wanda's scores compared in each layer, over that of magnitude pruning; half removed, testbed."""
+    claim("wanda", "scores-beat-size", left(over_the_layer) / left(Magnitude()))
+
+
 def test_claim_rows_beat_layers(claim, left):
     """Perplexity with weights compared in each row, over that with weights compared in each layer; half removed, testbed."""
     claim("wanda", "rows-beat-layers", left(Wanda()) / left(over_the_layer))
