@@ -1,8 +1,8 @@
 """An arena's figures as plots: plain data for Plotly, which the site and `effllm bench --export plots.html` draw.
 
 A figure is `{"title", "x", "y", "data", "buttons"}`: titles of the axes, Plotly's traces, and a button for each point of the
-arena's axes, `{"label", "update"}`, whose update puts that point's numbers into the traces; no buttons for a single point. A map
-has a `height` in pixels, too; where both axes are logarithmic, `log` is true.
+arena's axes, `{"label", "update"}`, whose update puts that point's numbers into the traces; no buttons for a single point. The
+`height` is in pixels; `log` names the axes that are logarithmic, as "x", "y", "xy" or "".
 """
 
 import html
@@ -21,6 +21,12 @@ Traces = dict[str, dict[str, Any]]
 # Metrics of an arena that can be held against a roofline: what a step reads, what it takes, and what reading a GB takes.
 READ, TAKEN, PER_GB = "bytes", "seconds_per_token", "read_seconds"
 LINE = "bytes over bandwidth"
+
+# Plotly has ten colours; these tell the next ten traces from the first. Beyond, they begin again.
+COLOURS = 10
+SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "x")
+DASHES = ("solid", "dash", "dot", "dashdot")
+DECADES = 2  # that an axis spans before it is logarithmic
 
 
 def figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -75,7 +81,7 @@ def roofline(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [row for row in document["rows"] if not row.get("error")]
     units = _unit(known[READ]), _unit(known[TAKEN])
     made = _figure("seconds of a step, and the roofline", units, rows, list(document.get("axes", {})), _above_the_line)
-    return [made | {"log": True}]
+    return [made | {"log": "xy"}]
 
 
 def _above_the_line(rows: Rows) -> Traces:
@@ -104,13 +110,31 @@ def _figure(
         empty.setdefault(name, {**trace, "x": [], "y": [], "text": [], "error_y": {"array": []}})
     whole = {label: [traces.get(name, empty[name]) for name in empty] for label, traces in drawn.items()}
     buttons = [{"label": label, "update": _update(traces)} for label, traces in whole.items()]
+    data = [_told_apart(trace, i) for i, trace in enumerate(next(iter(whole.values()), []))]
     return {
         "title": title,
         "x": units[0],
         "y": units[1],
-        "data": next(iter(whole.values()), []),
+        "data": data,
         "buttons": buttons if len(buttons) > 1 else [],
+        "height": 360 + 6 * len(data),  # the legend's lines
+        "log": "".join(key for key in "xy" if _wide(v for traces in whole.values() for t in traces for v in t[key])),
     }
+
+
+def _told_apart(trace: dict[str, Any], i: int) -> dict[str, Any]:
+    """The trace, the i-th of a plot, with a symbol and a dash that the earlier ones of its colour lack."""
+    looks = {
+        "marker": {"symbol": SYMBOLS[i // COLOURS % len(SYMBOLS)]},
+        "line": {"dash": DASHES[i // COLOURS % len(DASHES)]},
+    }
+    return looks | trace
+
+
+def _wide(values: Iterable[float | None]) -> bool:
+    """Whether an axis of these values should be logarithmic."""
+    known = [value for value in values if value is not None]
+    return bool(known) and min(known) > 0 and max(known) >= 10**DECADES * min(known)
 
 
 def _by_point(rows: Rows, axes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -136,6 +160,7 @@ def _map(name: str, over: str, rows: Rows, axes: Sequence[str]) -> dict[str, Any
         "data": [next(iter(drawn.values()))],
         "buttons": buttons if len(buttons) > 1 else [],
         "height": 200 + 20 * most,
+        "log": "",
     }
 
 
@@ -220,28 +245,24 @@ def page(documents: Iterable[Mapping[str, Any]], plotly: str) -> str:
         stamp = ", ".join(f"{key} {value}" for key, value in document["environment"].items() if value is not None)
         parts.append(f"<p><small>seeds {document['seeds']}; {html.escape(stamp)}</small></p>")
         parts += [
-            f'<h2>{html.escape(figure["title"])}</h2>\n<div class="plot" style="{_height(figure)}"'
+            f'<h2>{html.escape(figure["title"])}</h2>\n<div class="plot" style="height: {figure["height"]}px"'
             f' data-figure="{html.escape(json.dumps(figure))}"></div>'
             for figure in [*roofline(document), *figures(document)]
         ]
     return PAGE.replace("{BODY}", "\n".join(parts)).replace("{PLOTLY}", plotly)
 
 
-def _height(figure: Mapping[str, Any]) -> str:
-    return f"height: {figure['height']}px" if "height" in figure else ""
-
-
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>effllm bench</title>
-<style>body { font-family: sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem } .plot { height: 32rem }</style>
+<style>body { font-family: sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }</style>
 <script>{PLOTLY}</script></head><body>
 {BODY}
 <script>
 for (const element of document.querySelectorAll(".plot")) {
-  const { data, x, y, buttons, height, log } = JSON.parse(element.dataset.figure);
+  const { data, x, y, buttons, log } = JSON.parse(element.dataset.figure);
   const layout = { xaxis: { title: { text: x } }, yaxis: { title: { text: y }, automargin: true }, showlegend: true };
-  if (log) layout.xaxis.type = layout.yaxis.type = "log";
-  if (height) layout.yaxis.autorange = "reversed";  // the first method at the top
+  for (const axis of log) layout[`${axis}axis`].type = "log";
+  if (data[0]?.type === "heatmap") layout.yaxis.autorange = "reversed";  // the first method at the top
   if (buttons.length) layout.updatemenus = [{ x: 0, xanchor: "left", y: 1.12, yanchor: "bottom",
     buttons: buttons.map(({ label, update }) => ({ label, method: "restyle", args: [update] })) }];
   Plotly.newPlot(element, data, layout, { responsive: true, displaylogo: false });

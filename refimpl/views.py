@@ -224,16 +224,33 @@ def sheets(document: dict[str, Any], methods: set[str]) -> list[Sheet]:
 def _lines(
     rows: Iterable[dict[str, Any]], others: Sequence[str], values: dict[str, list[Any]]
 ) -> list[list[dict[str, Any]]]:
-    """Rows of one method, one configuration and one point of some axes; in the order of the points, then of the rows."""
+    """Rows of one method, one configuration and one point of some axes; in the order of the points, the methods, and the settings.
+
+    Settings that are numbers rise; others keep the order of the rows.
+    """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    methods: dict[str, dict[str, list[Any]]] = {}
     for row in rows:
         point = json.dumps([row.get("axes", {}).get(name) for name in others])
         groups.setdefault((row["method"], json.dumps(row["settings"]), point), []).append(row)
+        settings = methods.setdefault(row["method"], {})
+        for name, value in row["settings"].items():
+            if value not in settings.setdefault(name, []):
+                settings[name].append(value)
+    for found in (values for settings in methods.values() for values in settings.values()):
+        found.sort(key=lambda value: value if _is_number(value) else float("inf"))
+    order = list(methods)
 
     def place(line: list[dict[str, Any]]) -> list[int]:
-        return [values[name].index(line[0]["axes"][name]) for name in others]
+        row = line[0]
+        own = [methods[row["method"]][name].index(value) for name, value in row["settings"].items()]
+        return [*(values[name].index(row["axes"][name]) for name in others), order.index(row["method"]), *own]
 
     return sorted(groups.values(), key=place)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _sheet_row(line: Sequence[dict[str, Any]], others: Sequence[str], cells: list[str]) -> SheetRow:

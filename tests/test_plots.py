@@ -74,7 +74,7 @@ def test_a_roofline_is_bytes_over_bandwidth():
         step("full", 3e9, 6.0, 0.1, length=2), step("full", 3e9, 8.0, 0.1, length=2, seed=1),
     ]  # fmt: skip
     [figure] = plots.roofline(document(rows) | {"metrics": metrics})
-    assert figure["log"] and (figure["x"], figure["y"]) == ("bytes (u)", "seconds per token (u)")
+    assert figure["log"] == "xy" and (figure["x"], figure["y"]) == ("bytes (u)", "seconds per token (u)")
     full, kivi, line = figure["data"]
     assert (full["x"], full["y"], kivi["x"], kivi["y"], kivi["text"]) == ([8e9], [4.0], [2e9], [5.0], ["bits 2"])
     assert (line["name"], line["mode"], line["x"]) == ("bytes over bandwidth", "lines", [2e9, 8e9])
@@ -82,7 +82,26 @@ def test_a_roofline_is_bytes_over_bandwidth():
     second = figure["buttons"][1]["update"]
     assert second["x"] == [[3e9], [], [3e9, 3e9]] and second["y"] == [[7.0], [], pytest.approx([0.3, 0.3])]
     assert second["error_y.array"][0] == [1.0]
-    assert plots.roofline(document(rows)) == [] and "log" not in plots.figures(document([row("a", 1, 1)]))[0]
+    assert plots.roofline(document(rows)) == []
+
+
+@pytest.mark.parametrize(
+    ("costs", "scores", "log"),
+    [([1, 100], [1.0, 99.0], "x"), ([1, 99], [0.1, 10.0], "y"), ([1, 200], [1.0, 200.0], "xy"), ([0, 100], [-1.0, 99.0], ""), ([5], [5.0], "")],
+)  # fmt: skip
+def test_an_axis_of_two_decades_is_logarithmic(costs, scores, log):
+    """Oracle: by hand; what holds a zero or less has no logarithm, and what only one of the buttons shows counts."""
+    rows = [row("a", *pair, length=i) for i, pair in enumerate(zip(scores, costs, strict=True))]
+    assert plots.figures(document(rows))[0]["log"] == log
+
+
+def test_traces_of_one_colour_differ():
+    """Oracle: Plotly's ten colours come back with the eleventh trace."""
+    figure, *_ = plots.figures(document([row(f"m{i}", 1, 1) for i in range(31)]))
+    looks = [(trace["marker"]["symbol"], trace["line"]["dash"]) for trace in figure["data"]]
+    assert looks[0] == looks[9] == ("circle", "solid")
+    assert len({looks[i] for i in (0, 10, 20, 30)}) == 4
+    assert figure["height"] > plots.figures(document([row("m", 1, 1)]))[0]["height"] + 100
 
 
 def test_curves_are_those_of_the_first_seed():

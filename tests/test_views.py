@@ -109,6 +109,18 @@ def test_a_single_point_of_the_axes_is_one_table_that_names_it():
     ]  # fmt: skip
 
 
+def test_settings_of_numbers_rise_and_others_keep_their_order():
+    """Oracle: by hand. Methods keep theirs, too; what is no number comes last."""
+    shares = [measured("b", "sum", 1, share=share, whole=w) for share in (0.5, 0.25, "2:4", 0.6) for w in (True, False)]
+    rows = [measured("none", "sum", 1), *shares, *(measured("a", "sum", 1, bits=bits) for bits in (4, 2, 16))]
+    [sheet] = views.sheets(axes_document(rows), {"a", "b"})
+    assert [row.method for row in sheet.rows] == ["none", *"bbbbbbbb", *"aaa"]
+    found = [row.settings for row in sheet.rows[1:]]
+    assert found[:4] == ["share 0.25, whole yes", "share 0.25, whole no", "share 0.5, whole yes", "share 0.5, whole no"]
+    assert found[4:8:2] == ["share 0.6, whole yes", "share 2:4, whole yes"]
+    assert found[8:] == ["bits 2", "bits 4", "bits 16"]
+
+
 def test_the_first_axis_makes_columns_and_the_others_stand_on_the_left():
     """Oracle: by hand. One table a metric; the lines of a length stand together, the baseline first; names have a mean."""
     rows = [

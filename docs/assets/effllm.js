@@ -112,12 +112,10 @@ function plots(figures) {
       layout.updatemenus = [{ x: 0, xanchor: "left", y: 1.03, yanchor: "bottom", bgcolor: "#fff", font: { color: "#222" },
         buttons: figure.buttons.map(({ label, update }) => ({ label, method: "restyle", args: [update] })) }];
     }
-    if (figure.log) layout.xaxis.type = layout.yaxis.type = "log";
-    if (figure.height) {
-      element.style.height = `${figure.height}px`;
-      layout.yaxis.autorange = "reversed"; // the first method at the top
-    }
-    for (const trace of figure.data) if (trace.mode) trace.marker = { size: trace.mode === "markers" ? 11 : 7 };
+    for (const name of figure.log) layout[`${name}axis`].type = "log";
+    if (figure.data[0]?.type === "heatmap") layout.yaxis.autorange = "reversed"; // the first method at the top
+    element.style.height = `${figure.height}px`;
+    for (const { mode, marker } of figure.data) if (mode) marker.size = mode === "markers" ? 10 : 7;
     Plotly.newPlot(element, figure.data, layout, { responsive: true, displaylogo: false });
   }
 }
