@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from refimpl.views import PLACES, group_rows, mean, settings_text, words
+from refimpl.views import PLACES, group_rows, in_order, mean, settings_text, words
 
 Rows = Sequence[dict[str, Any]]
 Traces = dict[str, dict[str, Any]]
@@ -35,7 +35,7 @@ def figures(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     The first metric against each of the others, with half of the range over seeds; each metric over the first axis, where its
     values are numbers; the curves over the run, of the first seed; and maps, the mean over the seeds.
     """
-    rows = [row for row in document["rows"] if not row.get("error")]
+    rows = _drawn(document)
     first, *others = document["metrics"]
     axes = list(document.get("axes", {}))
     made = [
@@ -78,10 +78,23 @@ def roofline(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     known = {metric["name"]: metric for metric in document["metrics"]}
     if not {READ, TAKEN, PER_GB} <= known.keys():
         return []
-    rows = [row for row in document["rows"] if not row.get("error")]
+    rows = _drawn(document)
     units = _unit(known[READ]), _unit(known[TAKEN])
     made = _figure("seconds of a step, and the roofline", units, rows, list(document.get("axes", {})), _above_the_line)
     return [made | {"log": "xy"}]
+
+
+def _drawn(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What did not fail, in order; of its settings, which name it in a legend, those that not all of its method's rows share."""
+    rows = in_order(row for row in document["rows"] if not row.get("error"))
+    shared: dict[str, list[tuple[str, Any]]] = {}
+    for row in rows:
+        own = list(row["settings"].items())
+        shared[row["method"]] = [item for item in shared.get(row["method"], own) if item in own]
+    return [
+        row | {"settings": dict(item for item in row["settings"].items() if item not in shared[row["method"]])}
+        for row in rows
+    ]
 
 
 def _above_the_line(rows: Rows) -> Traces:

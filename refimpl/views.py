@@ -224,15 +224,22 @@ def sheets(document: dict[str, Any], methods: set[str]) -> list[Sheet]:
 def _lines(
     rows: Iterable[dict[str, Any]], others: Sequence[str], values: dict[str, list[Any]]
 ) -> list[list[dict[str, Any]]]:
-    """Rows of one method, one configuration and one point of some axes; in the order of the points, the methods, and the settings.
-
-    Settings that are numbers rise; others keep the order of the rows.
-    """
+    """Rows of one method, one configuration and one point of some axes; in the order of the points, then of `in_order`."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    methods: dict[str, dict[str, list[Any]]] = {}
-    for row in rows:
+    for row in in_order(rows):
         point = json.dumps([row.get("axes", {}).get(name) for name in others])
         groups.setdefault((row["method"], json.dumps(row["settings"]), point), []).append(row)
+
+    def place(line: list[dict[str, Any]]) -> list[int]:
+        return [values[name].index(line[0]["axes"][name]) for name in others]
+
+    return sorted(groups.values(), key=place)
+
+
+def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by method, as methods come, and by settings: those that are numbers rise, others keep their order."""
+    rows, methods = list(rows), dict[str, dict[str, list[Any]]]()
+    for row in rows:
         settings = methods.setdefault(row["method"], {})
         for name, value in row["settings"].items():
             if value not in settings.setdefault(name, []):
@@ -241,12 +248,11 @@ def _lines(
         found.sort(key=lambda value: value if _is_number(value) else float("inf"))
     order = list(methods)
 
-    def place(line: list[dict[str, Any]]) -> list[int]:
-        row = line[0]
-        own = [methods[row["method"]][name].index(value) for name, value in row["settings"].items()]
-        return [*(values[name].index(row["axes"][name]) for name in others), order.index(row["method"]), *own]
+    def place(row: dict[str, Any]) -> list[int]:
+        own = methods[row["method"]]
+        return [order.index(row["method"]), *(own[name].index(value) for name, value in row["settings"].items())]
 
-    return sorted(groups.values(), key=place)
+    return sorted(rows, key=place)
 
 
 def _is_number(value: object) -> bool:

@@ -30,12 +30,13 @@ def document(rows, axes=("length", "task")):
 
 def test_a_trade_off_has_means_and_the_spread_over_seeds():
     """Oracle: 1 and 3 have the mean 2, half of the range is 1; what failed is left out."""
-    rows = [row("a", 1.0, 8, settings={"bits": 2}), row("a", 3.0, 8, seed=1, settings={"bits": 2}), row("a", 5.0, 9)]
+    two, four = {"bits": 2, "group": 8}, {"bits": 4, "group": 8}  # a legend needs no group
+    rows = [row("a", 5.0, 9, settings=four), row("a", 1.0, 8, settings=two), row("a", 3.0, 8, seed=1, settings=two)]
     figure, *_ = plots.figures(document([*rows, row("b", 0, 0, error="E: no")]))
     assert (figure["title"], figure["x"], figure["y"]) == ("score against cost", "cost (bytes)", "score (points)")
     [trace] = figure["data"]
     assert trace["name"] == "a" and trace["mode"] == "markers"
-    assert (trace["x"], trace["y"], trace["text"]) == ([8, 9], [2, 5], ["bits 2", "a"])
+    assert (trace["x"], trace["y"], trace["text"]) == ([8, 9], [2, 5], ["bits 2", "bits 4"])
     assert trace["error_y"]["array"] == [1, 0]
     assert figure["buttons"] == []
 
@@ -52,9 +53,10 @@ def test_each_point_of_the_axes_has_a_button_that_replaces_every_trace():
 
 def test_a_first_axis_of_numbers_has_lines_over_it():
     rows = [row("a", float(n), 8, length=n, settings={"bits": 2}) for n in (4, 1, 2)]
+    rows.append(row("a", 3.0, 8, settings={"bits": 3}))
     found = {figure["title"]: figure for figure in plots.figures(document(rows))}
     assert set(found) == {"score against cost", "score over length", "cost over length"}
-    [trace] = found["score over length"]["data"]
+    trace, _ = found["score over length"]["data"]
     assert (trace["x"], trace["y"], trace["name"]) == ([1, 2, 4], [1, 2, 4], "a, bits 2")
     assert found["score over length"]["x"] == "length"
     names = [row("a", 1.0, 8, task=task) for task in ("sum", "count")]
@@ -76,7 +78,7 @@ def test_a_roofline_is_bytes_over_bandwidth():
     [figure] = plots.roofline(document(rows) | {"metrics": metrics})
     assert figure["log"] == "xy" and (figure["x"], figure["y"]) == ("bytes (u)", "seconds per token (u)")
     full, kivi, line = figure["data"]
-    assert (full["x"], full["y"], kivi["x"], kivi["y"], kivi["text"]) == ([8e9], [4.0], [2e9], [5.0], ["bits 2"])
+    assert (full["x"], full["y"], kivi["x"], kivi["y"], kivi["text"]) == ([8e9], [4.0], [2e9], [5.0], ["kivi"])
     assert (line["name"], line["mode"], line["x"]) == ("bytes over bandwidth", "lines", [2e9, 8e9])
     assert line["y"] == pytest.approx([0.5, 2.0]) and line["text"] == ["4 GB/s"] * 2
     second = figure["buttons"][1]["update"]
@@ -158,7 +160,7 @@ def test_maps_have_a_line_a_method_and_a_column_a_pair():
     assert not any(
         label.isdigit() for label in bare
     )  # Plotly takes "8, 0.5" for the number 80.5, and its axis for one of numbers
-    assert trace["y"] == ["a, bits 2", "b"]
+    assert trace["y"] == ["a", "b"]
     assert trace["z"] == [[0.0, 1.0, pytest.approx(0.3)], [None, None, 0.7]]
     assert [button["label"] for button in figure["buttons"]] == ["length 1, task sum", "length 1, task count"]
     assert figure["buttons"][1]["update"] == {"x": [trace["x"]], "y": [["b"]], "z": [[[0.0, 1.0, 0.2]]]}

@@ -106,7 +106,7 @@ function plots(figures) {
     const figure = JSON.parse(element.dataset.figure);
     const axis = (title) => ({ title: { text: title }, gridcolor: "rgba(128,128,128,0.25)", automargin: true });
     const layout = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink }, margin: { t: 20 },
-      xaxis: axis(figure.x), yaxis: axis(figure.y), showlegend: true, legend: { orientation: "h", y: -0.25 } };
+      xaxis: axis(figure.x), yaxis: axis(figure.y), showlegend: true, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" } };
     if (figure.buttons.length) {
       layout.margin.t = 60;
       layout.updatemenus = [{ x: 0, xanchor: "left", y: 1.03, yanchor: "bottom", bgcolor: "#fff", font: { color: "#222" },
