@@ -80,6 +80,7 @@ def test_a_roofline_is_bytes_over_bandwidth():
     full, kivi, line = figure["data"]
     assert (full["x"], full["y"], kivi["x"], kivi["y"], kivi["text"]) == ([8e9], [4.0], [2e9], [5.0], ["kivi"])
     assert (line["name"], line["mode"], line["x"]) == ("bytes over bandwidth", "lines", [2e9, 8e9])
+    assert line["line"] == {"dash": "dash"}  # whatever its place among the traces
     assert line["y"] == pytest.approx([0.5, 2.0]) and line["text"] == ["4 GB/s"] * 2
     second = figure["buttons"][1]["update"]
     assert second["x"] == [[3e9], [], [3e9, 3e9]] and second["y"] == [[7.0], [], pytest.approx([0.3, 0.3])]

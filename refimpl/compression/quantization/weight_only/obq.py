@@ -7,7 +7,7 @@ the grid, and main_trueobs.py for the defaults.
 Differs from the paper: the Hessian is damped by one percent of its mean diagonal, as GPTQ does when it compares itself with OBQ;
 the official code damps nothing unless told to, and adds 1 to the diagonal if the factorization fails. The inverse of a row is not
 rewritten at each step but every 64: the vectors that the steps subtract are kept apart meanwhile, and only what a step needs is
-computed, which gives the same numbers and reads a fraction of the memory. Scales are stored in float16.
+computed, which gives the same numbers up to rounding and reads a fraction of the memory. Scales are stored in float16.
 
 Not here: pruning (the other half of `obc`), weights of a pruned layer that must stay zero, activations, groups.
 """
