@@ -4,8 +4,8 @@ Source: `switch-transformer` (arXiv 2101.03961), Section 2.1, Eq. (2) and Figure
 tensorflow/mesh@3016312539d3dce705642fd7aaeeb33a8b7044f9, mesh_tensorflow/transformer/moe.py, `transformer_moe_layer_v1`.
 
 Differs from the paper: tokens are brought to their experts by index, where the official code multiplies with one-hot matrices
-for the TPU; an expert's places are as many as the fullest one needs, at most the capacity. Where few experts hold most tokens,
-so that padding would be more than the tokens themselves, experts run one after the other.
+for the TPU; experts run one after the other, each once on all of its tokens, so that places nobody took cost nothing, where the
+official code computes them too.
 
 Not here: who is sent where (`MoE.route`), experts on several devices (`architecture/moe/system_level`), dropout.
 """
@@ -65,20 +65,13 @@ class Experts(nn.Module):
         Returns:
             `[n, d_model]`.
         """
-        if len(x) == 0:
-            return x
-        load = torch.bincount(expert, minlength=self.n_experts)
-        longest = int(load.max())
-        order = expert.argsort(stable=True)
-        if self.n_experts * longest > 2 * len(x):  # more padding than tokens
-            parts = zip(torch.split(x[order], load.tolist()), *(w.unbind() for w in self.parameters()), strict=True)
-            done = torch.cat([feed_forward(part, *weights) for part, *weights in parts if len(part)])
-            return torch.empty_like(done).index_copy(0, order, done)
-        first = load.cumsum(0) - load  # where each expert's tokens begin in that order
-        ahead = torch.arange(len(x), device=x.device) - first[expert[order]]
-        place = torch.empty_like(expert).index_copy(0, order, expert[order] * longest + ahead)
-        table = x.new_zeros(self.n_experts * longest, x.shape[1]).index_copy(0, place, x)
-        return feed_forward(table.view(self.n_experts, longest, -1), *self.parameters()).flatten(0, 1)[place]
+        load = torch.bincount(expert, minlength=self.n_experts).tolist()
+        sent = expert.argsort().split(load)  # the tokens of each expert
+        y = torch.zeros_like(x)
+        for tokens, *weights in zip(sent, *(weight.unbind() for weight in self.parameters()), strict=True):
+            if len(tokens):
+                y.index_copy_(0, tokens, feed_forward(x[tokens], *weights).to(x.dtype))
+        return y
 
     def one(self, x: Tensor, expert: int) -> Tensor:
         """One expert on some tokens, `[n, d_model]` to the same."""
@@ -86,7 +79,7 @@ class Experts(nn.Module):
 
 
 def feed_forward(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None = None) -> Tensor:
-    """One network on `[n, d_model]`, or a batch of them on `[experts, n, d_model]`; weights `[..., out, in]`."""
+    """One network on `[n, d_model]`; weights `[out, in]`."""
     inner = x @ up.mT
     inner = F.relu(inner) if gate is None else F.silu(x @ gate.mT) * inner
     return inner @ down.mT

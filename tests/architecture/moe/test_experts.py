@@ -1,4 +1,4 @@
-"""Grouped experts: one token at a time, the substrate's feed-forward, both ways of running them, initialization."""
+"""Grouped experts: one token at a time, the substrate's feed-forward, initialization."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from refimpl.model.model import SwiGLU
 
 
 def token_by_token(experts, x, expert):
-    """Oracle of the two forms: each token with its own expert's matrices."""
+    """Oracle: each token with its own expert's matrices."""
     out = []
     for token, e in zip(x, expert.tolist(), strict=True):
         inner = experts.up_proj[e] @ token
@@ -25,7 +25,7 @@ def token_by_token(experts, x, expert):
     "expert", [[0, 1, 2, 3] * 8, [3] * 33, [2, 0, 2, 2, 1, 0], [1], [3, 3, 3, 3, 3, 3, 3, 0]], ids=str
 )
 def test_equals_token_by_token(activation, expert, generator):
-    """Oracle: brute force; even loads run in batched products, uneven ones one after the other."""
+    """Oracle: brute force, with loads that are even, uneven, and an expert's alone."""
     experts = Experts(4, 5, 7, activation=activation, generator=generator, scale=1.0).double()
     x, expert = torch.randn(len(expert), 5, generator=generator, dtype=torch.float64), torch.tensor(expert)
     x.requires_grad_()
@@ -34,6 +34,17 @@ def test_equals_token_by_token(activation, expert, generator):
     wanted = [x, *experts.parameters()]
     assert_close(torch.autograd.grad(ours.square().sum(), wanted), torch.autograd.grad(theirs.square().sum(), wanted))
     assert len(expert) == 1 or (ours[0] - experts(x, (expert + 1) % 4)[0]).abs().max() > 1e-3  # negative control
+
+
+def test_mixed_precision(generator):
+    """Oracle: the same in float32; what comes back has the tokens' dtype, whatever the products are computed in."""
+    experts, x = Experts(3, 8, 16, generator=generator), torch.randn(9, 8, generator=generator)
+    expert = torch.arange(9) % 3
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = experts(x, expert)
+    assert ours.dtype == torch.float32
+    difference = (ours - experts(x, expert)).abs().max()
+    assert 0 < difference < 0.01 * ours.abs().max()
 
 
 def test_no_tokens():
