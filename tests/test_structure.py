@@ -1,6 +1,7 @@
 """The rules of the tree, read from its files: who may import whom, what mirrors what, what must not occur. Oracle: `docs/design.md`."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -397,3 +398,17 @@ def test_a_test_without_assertion_would_be_found():
     tree = ast.parse(code)
     helpers = asserting_helpers([tree])
     assert [f.name for f in tree.body if not asserts(f, helpers)] == ["test_b"]
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted((ROOT / "docs" / "guide").glob("*.md")), ROOT / "README.md"], ids=lambda p: p.stem
+)
+def test_what_the_guide_imports_is_there(page):
+    """Oracle: Python's own parser and import, on each block of code of the page."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    imports = [
+        ast.unparse(node) for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)
+    ]
+    assert len(imports) == len(re.findall(r"^from ", text, re.MULTILINE))
+    exec("\n".join(imports), {})  # the page is ours

@@ -125,8 +125,7 @@ def _unpacked(model: Decoder) -> Decoder:
     """The same products from dense weights, so that reading many texts does not unpack each weight for each of them."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CompressedLinear) and type(layer.compressed).multiply is CompressedWeight.multiply:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _Unpacked(layer))
+            model.set_submodule(name, _Unpacked(layer))
     return model
 
 

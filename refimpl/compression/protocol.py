@@ -196,10 +196,46 @@ def compress_(
             layer = layers.pop(name)
             with torch.no_grad():
                 packed = CompressedLinear(method(weight_of(layer), inputs), layer.bias)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, packed)
+            model.set_submodule(name, packed)
             done(name)
     return model
+
+
+def decompress(model: M) -> M:
+    r"""A copy whose compressed layers are linear layers again, by the weight $\hat W$: as large as before, and what other tools read.
+
+    Args:
+        model: as `compress` or `apply` leaves it; not written.
+
+    Returns:
+        The copy. Its layers are `torch.nn.Linear`, where transformers' `Conv1D` stood too; all other modules are as they were.
+
+    Raises:
+        ValueError: no layer is compressed, or one quantizes its inputs or outputs, which no plain layer does.
+
+    Examples:
+        >>> from refimpl.compression.quantization.weight_only.rtn import RTN
+        >>> decompress(compress(nn.Sequential(nn.Linear(32, 8)), RTN(bits=4)))
+        Sequential(
+          (0): Linear(in_features=32, out_features=8, bias=True)
+        )
+    """
+    plain = copy.deepcopy(model)
+    layers = {name: layer for name, layer in plain.named_modules() if isinstance(layer, CompressedLinear)}
+    if not layers:
+        raise ValueError("no layer of the model is compressed: there is nothing to decompress")
+    for name, layer in layers.items():
+        if type(layer.compressed).read is not CompressedWeight.read or type(layer) is not CompressedLinear:
+            raise ValueError(
+                f"layer {name!r} quantizes its inputs or outputs, which no plain layer does; use the model as it is"
+            )
+        weight = layer.weight
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            linear.bias = nn.Parameter(layer.bias, requires_grad=False)
+        plain.set_submodule(name, linear)
+    return plain
 
 
 def matching(

@@ -53,8 +53,7 @@ def reorder_norm_(model: nn.Module, norm: str, readers: list[str], index: Tensor
         readers: names of all linear layers that read it.
         index: a permutation, `[channels]`: where the channel of each place stood before.
     """
-    parent, _, child = norm.rpartition(".")
-    setattr(model.get_submodule(parent), child, ReorderedNorm(model.get_submodule(norm), index))
+    model.set_submodule(norm, ReorderedNorm(model.get_submodule(norm), index))
     for name in readers:
         _order_columns_(model, name, index)
 

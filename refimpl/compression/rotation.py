@@ -72,7 +72,7 @@ def fold_norms_(model: nn.Module) -> Anatomy:
         for reader in following:
             _fold_(model.get_submodule(reader), norm)
         eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-        replace_module(model, name, RMSNorm(norm.weight.numel(), eps).to(norm.weight.device, norm.weight.dtype))
+        model.set_submodule(name, RMSNorm(norm.weight.numel(), eps).to(norm.weight.device, norm.weight.dtype))
     if centred:
         for name in stream_writers(parts):
             _centre_(model.get_submodule(name))
@@ -126,12 +126,6 @@ def write_in_(module: nn.Module, q: Tensor) -> None:
         return
     assert is_linear(module)
     _set_(module, q.T @ _matrix(module), None if module.bias is None else module.bias.double() @ q)
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module in the place of the one with this name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _untie_(model: nn.Module, parts: Anatomy) -> Anatomy:

@@ -146,6 +146,5 @@ def _replace(model: M, new: dict[nn.Module, nn.Module]) -> M:
     """Put modules in the places of others, in place."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new[module])
+            model.set_submodule(name, new[module])
     return model

@@ -16,11 +16,20 @@ from torch.testing import assert_close
 import taxonomy
 from refimpl.compression.blocks import find_blocks
 from refimpl.compression.folder import load_compressed, save_compressed
-from refimpl.compression.protocol import CompressedLinear, CompressedWeight, apply, check_layer, compress, takes_layers
+from refimpl.compression.protocol import (
+    CompressedLinear,
+    CompressedWeight,
+    apply,
+    check_layer,
+    compress,
+    decompress,
+    takes_layers,
+)
 from refimpl.compression.quantization.weight_only.awq import AWQ
+from refimpl.compression.quantization.weight_only.llm_int8 import LLMInt8
 from refimpl.compression.quantization.weight_only.omniquant import OmniQuant
 from refimpl.model.model import Attention, Block
-from tests.compression.conftest import decoder_with_biases, differences, with_a_plainer_module
+from tests.compression.conftest import decoder_with_biases, differences, llama, with_a_plainer_module
 
 METHODS = [
     method
@@ -450,6 +459,50 @@ def test_biases_and_conv1d(generator):
 def test_inputs_are_checked(inputs, message):
     with pytest.raises(ValueError, match=message):
         check_layer(torch.ones(2, 3), inputs)
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "wanda", "svd", "quip"])
+def test_other_tools_read_what_is_decompressed(name, tokens, tmp_path):
+    """Oracle: transformers, which reads the checkpoint that it writes, and runs the compressed model too."""
+    from transformers import AutoModelForCausalLM
+
+    model = llama()
+    small = apply(taxonomy.load().methods[name].load()(), model, [tokens])
+    with torch.no_grad():
+        wanted = small(tokens).logits
+        plain = decompress(small)
+        plain.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert_close(again(tokens).logits, wanted, rtol=1e-4, atol=1e-4)  # QuIP multiplies in another order
+        assert (model(tokens).logits - wanted).abs().max() > 1e-2  # negative control
+    assert any(isinstance(layer, CompressedLinear) for layer in small.modules())
+
+
+def test_decompressed_layers_hold_the_dense_weight(generator):
+    """Oracle: by hand: half of the weight, the same bias, and none where there was none."""
+    model = small_model()
+    plain = decompress(compress(model, lambda weight, inputs: Halved(weight)))
+    for name in ("0", "2", "3"):
+        layer, before = plain.get_submodule(name), model.get_submodule(name)
+        assert type(layer) is nn.Linear and torch.equal(layer.weight, before.weight / 2)
+        assert (layer.bias is None) if before.bias is None else torch.equal(layer.bias, before.bias)
+
+
+def test_what_no_plain_layer_does_is_not_decompressed(generator):
+    """Oracle: LLM.int8() rounds its inputs, a stand-in its outputs; the layer is named."""
+
+    class Rounded(CompressedLinear):
+        def forward(self, inputs):
+            return super().forward(inputs).round()
+
+    with pytest.raises(ValueError, match="layer '0' quantizes its inputs or outputs"):
+        decompress(compress(small_model(), LLMInt8()))
+    model = small_model()
+    model[2] = Rounded(Halved(model[2].weight.detach()), None)
+    with pytest.raises(ValueError, match="layer '2' quantizes its inputs or outputs"):
+        decompress(model)
+    with pytest.raises(ValueError, match="no layer of the model is compressed"):
+        decompress(small_model())
 
 
 def test_done_is_called_for_each_layer(generator):

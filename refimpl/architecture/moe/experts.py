@@ -66,7 +66,7 @@ class Experts(nn.Module):
             `[n, d_model]`.
         """
         load = torch.bincount(expert, minlength=self.n_experts).tolist()
-        sent = expert.argsort().split(load)  # the tokens of each expert
+        sent = torch.split(expert.argsort(), load)  # the tokens of each expert
         y = torch.zeros_like(x)
         for tokens, *weights in zip(sent, *(weight.unbind() for weight in self.parameters()), strict=True):
             if len(tokens):

@@ -26,12 +26,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
-def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a module at the place of a layer."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
 def replace_weight(model: nn.Module, name: str, weight: CompressedWeight) -> None:
     """Put a compressed weight at the place of a layer's, and keep its bias."""
-    replace(model, name, CompressedLinear(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]
+    model.set_submodule(name, CompressedLinear(weight, model.get_submodule(name).bias))  # type: ignore[arg-type]

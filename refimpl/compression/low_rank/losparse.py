@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from refimpl.compression.calibration import batches_of
 from refimpl.compression.low_rank.factored import FactoredPlusRows, FactoredWeight, WholeWeight, rank_for
-from refimpl.compression.low_rank.layers import linear_layers, replace
+from refimpl.compression.low_rank.layers import linear_layers
 from refimpl.compression.low_rank.svd import truncate
 from refimpl.compression.protocol import CompressedLinear, CompressedWeight, M
 from refimpl.compression.text_loss import check_texts, mean_loss
@@ -113,11 +113,11 @@ class LoSparse:
             out, columns = weight_of(layer).shape
             rank = rank_for(out, columns, 1 - self.low_rank) if self.low_rank else 0
             parts[name] = LowRankPlusSparse(layer, rank)
-            replace(small, name, parts[name])
+            small.set_submodule(name, parts[name])
         kept = self._train(small, parts, batches)
         with torch.no_grad():
             for (name, part), rows in zip(parts.items(), kept, strict=True):
-                replace(small, name, part.compressed(rows, dtypes[f"{name}.weight"]))
+                small.set_submodule(name, part.compressed(rows, dtypes[f"{name}.weight"]))
             for name, tensor in [*small.named_parameters(), *small.named_buffers()]:
                 if name in dtypes:
                     tensor.data = tensor.data.to(dtypes[name])

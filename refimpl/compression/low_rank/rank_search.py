@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refimpl.compression.low_rank.layers import replace
 from refimpl.compression.text_loss import IGNORED, loss_of, next_tokens, repeated, rows_of
 from refimpl.model.linear import weight_of
 
@@ -68,7 +67,7 @@ def perplexities(model: nn.Module, name: str, basis: Tensor, ranks: Sequence[int
     """
     layer = model.get_submodule(name)
     total, tokens = torch.zeros(len(ranks), dtype=torch.float64), 0
-    replace(model, name, Cuts(layer, basis, ranks))  # type: ignore[arg-type]
+    model.set_submodule(name, Cuts(layer, basis, ranks))  # type: ignore[arg-type]
     try:
         for i, batch in enumerate(texts):
             labels = next_tokens(batch, i)
@@ -78,7 +77,7 @@ def perplexities(model: nn.Module, name: str, basis: Tensor, ranks: Sequence[int
                 losses = loss_of(model, repeated(rows, len(ranks)), i)
                 total += losses.view(len(ranks), -1).double().sum(1).cpu()
     finally:
-        replace(model, name, layer)
+        model.set_submodule(name, layer)
     if total.isnan().any():
         raise ValueError(f"perplexity is NaN where layer {name!r} is truncated")
     return [math.exp(min(loss, 700.0)) for loss in (total / tokens).tolist()]  # e^709 is the largest float

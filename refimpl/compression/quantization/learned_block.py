@@ -107,11 +107,10 @@ class LearnedBlock:
             held = self.clippings[place].held(made[f"{place}.weight"], old.weight.dtype, self.activations)
             bias, width = made.get(f"{place}.bias"), self.width(place)
             bias = None if bias is None else bias.to(old.weight.dtype)
-            parent, _, child = place.rpartition(".")
             packed = CompressedLinear(held, bias)
             if width and self.activations is not None:
                 packed = RoundedLinear(held, bias, width, self.activations.bits)
-            setattr(self.model.get_submodule(parent), child, packed)
+            self.model.set_submodule(place, packed)
         for norm in (self.part.attention_norm, self.part.feed_forward_norm):
             for key, parameter in self.model.get_submodule(norm).named_parameters():
                 parameter.copy_(made[f"{norm}.{key}"])

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from refimpl.compression.low_rank.asvd import scaled_basis
 from refimpl.compression.low_rank.factored import project
-from refimpl.compression.low_rank.layers import linear_layers, replace, replace_weight
+from refimpl.compression.low_rank.layers import linear_layers, replace_weight
 from refimpl.compression.low_rank.rank_search import Candidate, choose_ranks, perplexities
 from refimpl.compression.text_loss import loss_of
 from refimpl.model.linear import weight_of
@@ -26,7 +26,7 @@ def test_sensitivity_is_the_perplexity_with_one_layer_cut(build, place, tokens, 
         replace_weight(model, name, project(weight_of(layer), basis, rank))
         losses = [loss_of(model, batch) for batch in batches]
         expected.append(float((sum(part.sum() for part in losses) / sum(part.numel() for part in losses)).exp()))
-        replace(model, name, layer)
+        model.set_submodule(name, layer)
     assert_close(perplexities(model, name, basis, [1, 4, 9], batches), expected)
     monkeypatch.setattr("refimpl.compression.low_rank.rank_search.TOKENS", 1)
     assert_close(perplexities(model, name, basis, [1, 4, 9], batches), expected)

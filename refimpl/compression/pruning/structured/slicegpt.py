@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from refimpl.compression.anatomy import Anatomy, BlockParts
 from refimpl.compression.calibration import batches_of, inputs_by_group
 from refimpl.compression.protocol import M
-from refimpl.compression.rotation import fold_norms_, read_in_, replace_module, write_in_
+from refimpl.compression.rotation import fold_norms_, read_in_, write_in_
 from refimpl.model.model import RMSNorm
 
 
@@ -87,7 +87,7 @@ class SliceGPT:
             name = block.attention_norm.rpartition(".")[0]
             sliced = SlicedBlock(small.get_submodule(name), block, name)
             blocks[block.attention_norm] = blocks[block.feed_forward_norm] = (sliced, block)
-            replace_module(small, name, sliced)
+            small.set_submodule(name, sliced)
         found: dict[str, Tensor] = {}
         for (name,), inputs in inputs_by_group(small, {name: small.get_submodule(name) for name in blocks}, batches):
             norm = cast(RMSNorm, small.get_submodule(name))
@@ -190,7 +190,7 @@ def _slice_(model: nn.Module, block: SlicedBlock, parts: BlockParts, name: str, 
         if reader is not None:
             read_in_(model.get_submodule(reader), q * share**-0.5)
     narrow = RMSNorm(q.shape[1], norm.eps / share).to(norm.weight.device, norm.weight.dtype)
-    replace_module(model, name, narrow.eval())
+    model.set_submodule(name, narrow.eval())
     back = nn.Parameter(q.T.to(norm.weight.dtype).contiguous())
     if first:
         block.entry, block.attention_shortcut = nn.Parameter(q.to(norm.weight.dtype).contiguous()), back

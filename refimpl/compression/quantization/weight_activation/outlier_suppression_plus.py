@@ -133,8 +133,7 @@ class OutlierSuppressionPlus:
         """Put quantized layers in the place of those that read x, `[..., in]`, whose range fixes their grid at first."""
         for name in layers:
             layer = linear_at(model, name)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, CompressedLinear(self._held(weight_of(layer), x), layer.bias))
+            model.set_submodule(name, CompressedLinear(self._held(weight_of(layer), x), layer.bias))
 
     def shift(self, inputs: Tensor) -> Tensor:
         r"""Centre of each channel, $z_j = (\max X_j + \min X_j) / 2$, `[in]`, of inputs `[n, in]`."""

@@ -34,7 +34,7 @@ from refimpl.compression.quantization.observers import best_range
 from refimpl.compression.quantization.packed import QuantizedWeight
 from refimpl.compression.quantization.quantized_attention import QuantizedAttention
 from refimpl.compression.quantization.weight_only.gptq import GPTQ
-from refimpl.compression.rotation import fold_norms_, replace_module, rotate_stream_
+from refimpl.compression.rotation import fold_norms_, rotate_stream_
 from refimpl.model.linear import weight_of
 from refimpl.model.model import Attention
 
@@ -115,13 +115,13 @@ class QuaRot:
                 over = layer.over if isinstance(layer, RotatedLinear) else 1
                 seen = None if inputs is None else turn_across(inputs, over)
                 packed.append(RotatedWeight(self._stored(weight_of(layer), seen), over, self.clip))
-                replace_module(model, name, CompressedLinear(packed[-1], layer.bias))
+                model.set_submodule(name, CompressedLinear(packed[-1], layer.bias))
         for weight in packed:
             weight.activation_bits = self.activation_bits
         if self.cache_bits is not None:
             for name, module in list(model.named_modules()):
                 if type(module) is Attention:
-                    replace_module(model, name, QuantizedAttention.of(module, self.cache_bits))
+                    model.set_submodule(name, QuantizedAttention.of(module, self.cache_bits))
 
     def _stored(self, weight: Tensor, inputs: Tensor | None) -> QuantizedWeight:
         """A weight on a symmetric grid for each channel."""
@@ -157,10 +157,10 @@ def rotated(model: M, seed: int = 0) -> tuple[M, list[str]]:
         _turn_values_(turned, block)
         output: Any = turned.get_submodule(block.o)
         merged = _turn_heads(weight_of(output).double(), block.head_dim)
-        replace_module(turned, block.o, RotatedLinear(merged, output, block.n_heads))
+        turned.set_submodule(block.o, RotatedLinear(merged, output, block.n_heads))
         down: Any = turned.get_submodule(block.down)
         matrix = weight_of(down).double()
-        replace_module(turned, block.down, RotatedLinear(matrix, down, matrix.shape[1]))
+        turned.set_submodule(block.down, RotatedLinear(matrix, down, matrix.shape[1]))
     return turned, [name for block in parts.blocks for name in block.linear]
 
 

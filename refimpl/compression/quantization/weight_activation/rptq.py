@@ -108,8 +108,7 @@ class RPTQ:
                 packed = CompressedLinear(held, layer.bias)
                 if name in clusters.made:
                     packed = self._rounded(packed, clusters.made[name], inputs)
-                parent, _, child = name.rpartition(".")
-                setattr(small.get_submodule(parent), child, packed)
+                small.set_submodule(name, packed)
         return small
 
     def _rounded(self, layer: CompressedLinear, labels: Tensor, inputs: Tensor) -> ClusterRounded:

@@ -90,8 +90,7 @@ class SmoothQuant:
             held = integer_weight(
                 weight_of(layer), activations, bits=self.bits, granularity=self.granularity, reach=reach
             )
-            parent, _, child = name.rpartition(".")
-            setattr(small.get_submodule(parent), child, CompressedLinear(held, layer.bias))
+            small.set_submodule(name, CompressedLinear(held, layer.bias))
         return small
 
 

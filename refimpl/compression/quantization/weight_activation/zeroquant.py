@@ -113,7 +113,7 @@ class ZeroQuant:
         for name, learner in learners.items():
             before = linear_at(block, name)
             bias = None if learner.bias is None else learner.bias.detach().to(before.bias.dtype)
-            _replace(block, name, CompressedLinear(learner.held(dtypes[name]), bias))
+            block.set_submodule(name, CompressedLinear(learner.held(dtypes[name]), bias))
 
     def _distil(self, block: nn.Module, learners: "dict[str, Learner]", given: list[Given], where: str) -> None:
         r"""Train the quantized block towards $\|L_k(x) - \hat L_k(x)\|^2$, and put what is not a linear layer back in the block.
@@ -122,7 +122,7 @@ class ZeroQuant:
         """
         student = copy.deepcopy(block).float()
         for name, learner in learners.items():
-            _replace(student, name, learner)
+            student.set_submodule(name, learner)
         optimizer = torch.optim.AdamW(
             student.requires_grad_(True).parameters(), lr=self.learning_rate, weight_decay=0.0, fused=True
         )
@@ -200,8 +200,3 @@ def group_round(weight: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]
     largest = F.pad(weight.abs().amax(dim=1).float(), (0, -len(weight) % rows)).view(-1, rows).amax(dim=1)
     scale = absmax_scale(largest, bits).repeat_interleave(rows)[: len(weight)]
     return (weight.float() / scale[:, None]).round_(), scale
-
-
-def _replace(block: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(block.get_submodule(parent), child, layer)

@@ -94,9 +94,8 @@ class AWQ:
             for path in part.linear:
                 layer, factor = linear_at(small, path), divided.get(path)
                 low = self._quantized(weight_of(layer), inputs[path], clip=path not in (part.q, part.k))
-                parent, _, child = path.rpartition(".")
                 held = low if factor is None else ScaledWeight(low, factor)
-                setattr(small.get_submodule(parent), child, CompressedLinear(held, layer.bias))
+                small.set_submodule(path, CompressedLinear(held, layer.bias))
         return small
 
     @torch.no_grad()
