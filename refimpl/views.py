@@ -361,13 +361,22 @@ def settings_text(row: dict[str, Any]) -> str:
 
 
 def setting_text(value: Any) -> str:
-    """A setting's value, `none`, `yes` or `no`; the items of a list stand side by side, of a long one the first."""
+    """A setting's value, `none`, `yes` or `no`; the items of a list stand side by side, of a long one the first.
+
+    Examples:
+        >>> setting_text(2 / 3), setting_text(100_000.0), setting_text([1, 2]), setting_text([])
+        ('0.6667', '100000', '1 2', 'empty')
+    """
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
     if not isinstance(value, list):
         return str(value)
+    if not value:
+        return "empty"
     return " ".join(map(setting_text, value[:SHORT])) + " …" * (len(value) > SHORT)
 
 
