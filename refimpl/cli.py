@@ -282,6 +282,8 @@ def graph(
     kind = "json" if as_json else format or graphs.SUFFIXES.get(suffix)
     if kind is None:
         raise Refused(f"--output {str(output)!r}: its suffix names no format; known: {', '.join(graphs.SUFFIXES)}")
+    if output and graphs.SUFFIXES.get(suffix, kind) != kind:
+        raise Refused(f"--output {str(output)!r}: its suffix names another format than {kind}; leave one of them out")
     text = graphs.render(chosen, cast(graphs.Format, kind), layout=cast(graphs.LayoutName, layout))
     if output is None:
         sys.stdout.write(text + ("" if text.endswith("\n") else "\n"))
@@ -331,6 +333,8 @@ def claims(
     from refimpl import results
     from refimpl.views import claims_view
 
+    if output and not measure:
+        raise Refused(f"--output {str(output)!r} is where measured claims are stored; give --measure, too")
     loaded = taxonomy.load()
     chosen = [_method(loaded, name) for name in methods or []] or [m for m in loaded.methods.values() if m.claims]
     code, measured = 0, results.claims()
@@ -638,7 +642,7 @@ def _needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise Refused(f"this needs {error.name}; install it with `pip install effllm[{extra}]`") from error
+        raise Refused(f"this needs {error.name}; install it with `pip install '.[{extra}]'` in a checkout") from error
 
 
 @app.command()

@@ -74,7 +74,10 @@ def method_view(tree: Taxonomy, method: Method) -> RenderableType:
         parts += [Text.assemble(f"  {kind}  ", (", ".join(m.id for m in ms), "cyan")) for kind, ms in related.items()]
     if method.claims:
         parts += ["", Text("Claims", style="bold")]
-        parts += [Text(f"  {c.id}: {c.says} Expected: {c.expect} ({c.source.where})") for c in method.claims]
+        for c in method.claims:
+            verdict = "" if c.holds else f" Does not hold here: {c.why}"
+            parts += [Text(f"  {c.id}: {c.says} Expected: {c.expect} ({c.source.where}).{verdict}")]
+        parts += [Text(f"  measured: `effllm claims {method.id}`", style="dim")]
     parts += ["", Text("Papers", style="bold"), *(_paper_line(tree.papers[key]) for key in method.papers)]
     return Group(*parts)
 

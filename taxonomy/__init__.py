@@ -78,6 +78,7 @@ def load(path: str | os.PathLike[str] | None = None) -> Taxonomy:
 
     Raises:
         FileNotFoundError: `path` is not a folder.
+        ValueError: it is a category's.
         InvalidTaxonomy: the files have problems; all of them are listed.
     """
     root = _folder(path)
@@ -101,6 +102,7 @@ def validate(path: str | os.PathLike[str] | None = None) -> "list[Problem]":
 
     Raises:
         FileNotFoundError: `path` is not a folder.
+        ValueError: it is a category's.
     """
     from taxonomy.reader import read
 
@@ -117,6 +119,10 @@ def _folder(path: str | os.PathLike[str] | None) -> Path:
     root = Path(path).resolve() if path is not None else ROOT
     if not root.is_dir():
         raise FileNotFoundError(f"path={os.fspath(root)!r} is not a folder; give the folder that holds the YAML files")
+    if (root / "_category.yaml").exists() and not (root / "papers").exists():
+        raise ValueError(
+            f"path={os.fspath(root)!r} is a category; give the folder of the whole taxonomy, that of papers/"
+        )
     return root
 
 

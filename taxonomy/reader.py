@@ -233,7 +233,7 @@ def check(value: Any, kind: Any, where: Where = ()) -> Iterator[tuple[Where, str
             if name in value:
                 yield from check(value[name], spec.type, (*where, name))
             elif spec.required and not any(repr(name) in guess for guess in guesses.values()):  # a slip counts once
-                yield where, f"{name!r} is missing; it is a {_describe(spec.type)}"
+                yield where, f"{name!r} is missing; right: {_describe(spec.type)}"
         return
     try:
         msgspec.convert(value, kind)
@@ -255,7 +255,7 @@ def _explain(value: Any, kind: Any, error: msgspec.ValidationError) -> str:
         return f"{value!r} is not one of {', '.join(literal)}{near(value, literal)}"
     said = f"{said[0].lower()}{said[1:]}".partition(" matching regex")[0]
     shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
-    return f"{said}, got {shown}; right is a {_describe(kind)}"
+    return f"{said}, got {shown}; right: {_describe(kind)}"
 
 
 def _literals(kind: Any) -> list[str]:

@@ -137,7 +137,9 @@ def test_show_a_method(effllm):
     assert "gqa" not in out  # a facet without meaning for the method
     out = effllm("show", "rtn")[1]
     assert f"runs: refimpl.{LAYERS.replace('/', '.')}.rtn.RTN" in out
-    assert "error-bound: No weight moves by more than half a step. Expected: < 0.50001 steps (Table 1)" in words(out)
+    assert "error-bound: No weight moves by more than half a step. Expected: < 0.50001 steps (Table 1)." in words(out)
+    assert "Expected: < 1 ratio (Table 2). Does not hold here: " in words(out)
+    assert "measured: `effllm claims rtn`" in words(out)
 
 
 @pytest.mark.parametrize("name", ["dora-x", "dora_x", "DORA-X", "Dora_X"])
@@ -619,14 +621,14 @@ def test_ray_that_is_not_installed_is_named(measuring, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     code, out, err = measuring("bench", "weights", "--engine", "ray")
     assert (code, out) == (1, "")
-    assert err == "error: this needs ray; install it with `pip install effllm[ray]`\n"
+    assert err == "error: this needs ray; install it with `pip install '.[ray]'` in a checkout\n"
 
 
 def test_plotly_that_is_not_installed_is_named(measuring, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "plotly", None)
     code, out, err = measuring("bench", "weights", "--export", tmp_path / "x.html")
     assert (code, out) == (1, "")
-    assert err == "error: this needs plotly; install it with `pip install effllm[docs]`\n"
+    assert err == "error: this needs plotly; install it with `pip install '.[docs]'` in a checkout\n"
 
 
 def test_a_store_that_is_something_else_is_named(measuring, tmp_path):
@@ -716,6 +718,9 @@ def test_new(effllm, small):
         (["search", "--relation", "build_on"], 1, "unknown relation 'build_on'; did you mean 'builds_on'?"),
         (["search", "--relation", "builds_on:loar"], 1, "unknown method 'loar'; did you mean 'lora'?"),
         (["claims", "rtm"], 1, "unknown method 'rtm'; did you mean 'rtn'?"),
+        (["claims", "rtn", "-o", "x.json"], 1, "--output 'x.json' is where measured claims are stored; give --measure, too"),
+        (["graph", "--json", "-o", "x.svg"], 1, "--output 'x.svg': its suffix names another format than json; leave one of them out"),
+        (["graph", "--format", "dot", "-o", "x.graphml"], 1, "its suffix names another format than dot"),
         (["run", "rtm"], 1, "unknown method 'rtm'; did you mean 'rtn'?"),
         (["run", "gptq"], 1, "'gptq' has no implementation yet (`effllm tree --implemented` lists those that run)"),
         (["run", "rtn", "gptq"], 1, "'gptq' has no implementation yet"),
@@ -734,7 +739,7 @@ def test_new(effllm, small):
         (["bench", "weights", "--device", "warp"], 1, "--device 'warp' cannot be used here: "),
         (["bench", "weights", "--jobs", "0"], 2, "--jobs"),
         (["new", "compresion/x"], 1, "no category 'compresion'; did you mean 'compression'?"),
-        (["new", "x"], 1, "no category ''; give CATEGORY/ID"),
+        (["new", "x"], 1, "'x' is no category and id; give CATEGORY/ID"),
         (["new", "compression/Not Good"], 1, "id 'Not Good' must be lower-case letters, digits and single hyphens"),
         (["new", f"{LAYERS}/rtn"], 1, f"id 'rtn' is taken by taxonomy/{LAYERS}/rtn.yaml"),
         (["search", "--year", "soon"], 2, "--year"),

@@ -92,13 +92,17 @@ def scaffold(place: str, root: Path) -> list[Path]:
     tree = root / "taxonomy"
     folder = tree / category
     known = sorted(p.parent.relative_to(tree).as_posix() for p in tree.rglob("_category.yaml"))
+    if not category:
+        raise ValueError(f"{place!r} is no category and id; give CATEGORY/ID, as compression/low_rank/svd")
+    stem = name.replace("-", "_")
+    if f"{category}/{stem}" in known:
+        raise ValueError(f"{place!r} is a category; give CATEGORY/ID, as {category}/{stem}/my-method")
     if category not in known:
         raise ValueError(
             f"no category {category!r}{taxonomy.near(category, known)}; give CATEGORY/ID, as compression/low_rank/svd"
         )
     if category == FRAMEWORKS:
         raise ValueError(f"{category} holds frameworks, which have no code here; copy one of its files")
-    stem = name.replace("-", "_")
     title = "".join(word.capitalize() for word in name.split("-"))
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise ValueError(f"id {name!r} must be lower-case letters, digits and single hyphens, and start with a letter")

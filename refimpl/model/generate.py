@@ -54,7 +54,8 @@ def generate(
         >>> generate(model, torch.tensor([[5, 7, 33]]), 4).shape
         torch.Size([1, 4])
     """
-    check_arguments(model, tokens, n, temperature, generator, padding, prefill_chunk)
+    past = 0 if cache is None else cache.length
+    check_arguments(model, tokens, n, temperature, generator, padding, prefill_chunk, past)
     if cache is None:
         cache = FullCache(model.config.sliding_window, reserve=tokens.shape[1] + n - 1)
     for chunk in torch.split(tokens, prefill_chunk or tokens.shape[1], dim=1):
@@ -126,8 +127,9 @@ def check_arguments(
     generator: torch.Generator | None,
     padding: Tensor | None,
     prefill_chunk: int | None = None,
+    past: int = 0,
 ) -> None:
-    """Check what `generate` and every other way of decoding is called with.
+    """Check what `generate` and every other way of decoding is called with; `past` tokens of each row came before.
 
     Raises:
         ValueError: an argument outside its range, or a token outside the vocabulary.
@@ -143,7 +145,11 @@ def check_arguments(
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or above")
     if temperature > 0 and generator is None:
         raise ValueError(f"temperature={temperature} draws tokens: pass a torch.Generator as generator")
-    if padding is not None and (padding.shape != tokens.shape[:1] or bool((padding < 0).any())):
-        raise ValueError(f"padding={padding.tolist()} must be a count for each of {len(tokens)} rows")
+    most = past + tokens.shape[1]
+    if padding is not None and (padding.shape != tokens.shape[:1] or bool(((padding < 0) | (padding >= most)).any())):
+        raise ValueError(
+            f"padding={padding.tolist()} must be a count for each of {len(tokens)} rows, below their {most} tokens: leave empty "
+            "prompts out"
+        )
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1")

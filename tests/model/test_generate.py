@@ -189,6 +189,10 @@ def test_no_gradient_is_kept(model):
         ({"temperature": 0.5}, "pass a torch.Generator"),
         ({"padding": torch.tensor([-1])}, "padding="),
         ({"padding": torch.tensor([0, 0])}, "padding="),
+        (
+            {"padding": torch.tensor([1])},
+            r"padding=\[1\] must be a count for each of 1 rows, below their 1 tokens: leave empty prompts out",
+        ),
         ({"prefill_chunk": 0}, "prefill_chunk=0"),
     ],
 )

@@ -296,6 +296,14 @@ def test_path_that_is_no_folder(function, small_tree):
             function(path)
 
 
+@pytest.mark.parametrize("function", [taxonomy.load, taxonomy.validate])
+def test_a_category_is_no_taxonomy(function, small_tree):
+    with pytest.raises(
+        ValueError, match=r"finetuning' is a category; give the folder of the whole taxonomy, that of papers/"
+    ):
+        function(small_tree / "finetuning")
+
+
 def test_values_of_every_kind_survive_the_store(small_tree):
     """What an arena's settings may hold: numbers of any size that YAML gives, texts, lists, nothing."""
     arena = f"arena: {{weights: {{a: [{2**63 - 1}, -7, 0.1, 1.0e+300, true, ~, 'x', [1, [2]], {{k: v}}]}}}}\n"

@@ -94,7 +94,7 @@ class Decoding(ABC):
             target: left as it is.
             draft: a small model with the target's vocabulary, if there is one.
             text: `[time]` tokens, to train heads on or to search layers with.
-            generator: source of randomness.
+            generator: source of randomness, on the CPU whatever the model's device.
 
         Returns:
             The small model, unless the method makes its own.

@@ -84,7 +84,7 @@ def tokens_to_keep(length: int, compression: float, least: int = 1) -> int:
         raise ValueError(f"length={length} must be at least 0, least={least} at least 1")
     if not compression >= 1:
         raise ValueError(f"compression={compression} must be at least 1, which keeps all")
-    return min(length, max(least, math.ceil(length / compression)))
+    return min(length, max(least, math.ceil(length / compression - 1e-9)))
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

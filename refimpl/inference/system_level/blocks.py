@@ -97,7 +97,7 @@ class Blocks:
             raise ValueError(f"tokens={tokens} must be at least 1")
         if needed > self.free:
             raise ValueError(
-                f"{tokens} tokens more need {needed} blocks, and {self.free} of {len(self.counts)} are free"
+                f"{tokens} tokens more need {needed} blocks, and {self.free} of {len(self.counts)} are free: give it more memory"
             )
         copy = None
         if self._copies(table):

@@ -49,6 +49,8 @@ class PagedCache:
     """
 
     def __init__(self, config: Config, memory: int, block_size: int = 16, *, like: Tensor) -> None:
+        if not 1 <= block_size <= memory:
+            raise ValueError(f"block_size={block_size} must be at least 1, and memory={memory} hold a block")
         self.blocks = Blocks(memory // block_size, block_size)
         self.pool = Pool(config, memory // block_size, block_size, like)
         self.reset()
@@ -96,12 +98,13 @@ class PagedCache:
         if len(self._rows) != batch:
             raise ValueError(f"the cache holds a batch of {len(self._rows)}, and gets {batch}: reset() it first")
         start = self._seen.get(layer, 0)
-        self._seen[layer] = end = start + time
+        end = start + time
         for row in self._rows:
             if self.blocks.tables[row].length < end:  # the first layer makes room for all
                 copy = self.blocks.append(row, end - self.blocks.tables[row].length)
                 if copy:
                     self.pool.copy(*copy)
+        self._seen[layer] = end  # where blocks ran out before, the same tokens may be given once more
         tables = [self.blocks.tables[row].blocks for row in self._rows]
         places = torch.cat([self.pool.places(table)[start:end] for table in tables])
         self.pool.write(layer, places, *(x.transpose(1, 2).flatten(0, 1) for x in (k, v)))

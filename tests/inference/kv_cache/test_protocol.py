@@ -336,6 +336,17 @@ def test_another_batch_is_an_error(entry):
         model(TOKENS[:1], cache)
 
 
+def test_it_computes_where_the_model_is(entry, device):
+    """Oracle: the same on the CPU, in float64."""
+    if device.type == "cpu":
+        pytest.skip("needs another device: --device cuda")
+    model, sizes = decoder(), [90] + [1] * 30
+    expected = compressing(entry, model, TOKENS, sizes)
+    found = compressing(entry, model.to(device), TOKENS.to(device), sizes)
+    assert found.device.type == device.type
+    assert_close(found.cpu(), expected)
+
+
 # Shared arithmetic
 
 
@@ -350,6 +361,7 @@ def test_another_batch_is_an_error(entry):
         (0, 2, 1, 0),
         (7, 1, 1, 7),
         (9, 1.5, 1, 6),
+        (21, 1.4, 1, 15),
     ],
 )
 def test_tokens_to_keep_by_hand(length, compression, least, kept):

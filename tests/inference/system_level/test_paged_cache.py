@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from refimpl.inference.system_level.paged_cache import PagedCache
 from refimpl.model.beam import beam_search
@@ -60,5 +61,23 @@ def test_errors(plain):
         with pytest.raises(ValueError, match="holds a batch of 1, and gets 2"):
             plain.hidden(torch.tensor([[5], [7]]), cache)
         cache.reset()
-        with pytest.raises(ValueError, match="9 tokens more need 3 blocks, and 2 of 2 are free"):
+        with pytest.raises(ValueError, match="9 tokens more need 3 blocks, and 2 of 2 are free: give it more memory"):
             plain.hidden(torch.arange(9)[None], cache)
+    with pytest.raises(ValueError, match="block_size=0 must be at least 1, and memory=8 hold a block"):
+        PagedCache(plain.config, 8, block_size=0, like=plain.norm.weight)
+
+
+def test_tokens_for_which_blocks_ran_out_may_be_given_once_more(plain):
+    """Oracle: a cache with room from the first; of two rows the first gets the last block, and the second none."""
+    prompt, more = torch.tensor([[5, 7, 33, 2], [1, 2, 3, 4]]), torch.tensor([[9], [8]])
+    small, large = (PagedCache(plain.config, blocks * 4, block_size=4, like=plain.norm.weight) for blocks in (4, 8))
+    with torch.no_grad():
+        for cache in (small, large):
+            plain.hidden(prompt, cache)
+        taken = small.blocks.open()
+        small.blocks.append(taken, 4)
+        with pytest.raises(ValueError, match="1 tokens more need 1 blocks, and 0 of 4 are free"):
+            plain.hidden(more, small)
+        assert small.length == 4
+        small.blocks.close(taken)
+        assert_close(plain.hidden(more, small), plain.hidden(more, large))

@@ -64,6 +64,8 @@ class LLMLingua2:
             raise ValueError(f"chunk={self.chunk} must be at least 1 token; the paper uses 512")
         if self.token_to_word not in ("mean", "first"):
             raise ValueError(f"token_to_word={self.token_to_word!r} must be 'mean' or 'first'")
+        object.__setattr__(self, "classifier", str(self.classifier))  # YAML has no paths, and lists for tuples
+        object.__setattr__(self, "force_tokens", tuple(self.force_tokens))
 
     def compressor(self, tokenizer: Tokenizer, model: Decoder | None = None) -> "ByClassifier":
         """What compresses prompts for a reader with this tokenizer, on the model's device.

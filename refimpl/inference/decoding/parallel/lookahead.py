@@ -112,7 +112,7 @@ class _Window:
     def __init__(
         self, settings: Lookahead, target: Decoder, tokens: Tensor, padding: Tensor | None, stop: Collection[int]
     ) -> None:
-        self.settings, self.target = settings, target
+        self.settings, self.target, self.prompt = settings, target, tokens.shape[1]
         self.stops = torch.tensor(sorted(stop), device=tokens.device)
         self.generator = torch.Generator().manual_seed(0)
         self.padding = torch.zeros(len(tokens), dtype=torch.int64) if padding is None else padding.cpu()
@@ -123,14 +123,15 @@ class _Window:
         self.window = first[:, None]  # [b, levels, columns]
 
     def propose(self, rows: Rows) -> Guesses:
-        """The window, and behind the last token the n-grams that began with it, once the window is full."""
+        """The window, and behind the last token the n-grams that began with it, once the window is full and the prompt is read."""
         last = rows.last(1)
         self.window = torch.cat((torch.cat((last, self.window[:, 0, 1:]), dim=1)[:, None], self.window[:, 1:]), dim=1)
         if self.settings.from_prompt:
             self._remember_text(rows)
         levels, columns = self.window.shape[1:]
         found: list[list[tuple[int, ...]]] = [[] for _ in self.pools]
-        if levels == self.settings.ngram - 1:
+        # With the prompt only the window is read, a chain: n-grams are a tree, and who sees whom grows with the square of its length.
+        if levels == self.settings.ngram - 1 and int(rows.lengths.max()) > self.prompt:
             found = [pool.get(token, []) for pool, token in zip(self.pools, last[:, 0].tolist(), strict=True)]
         most, length = max(map(len, found)), self.settings.ngram - 1
         grams = torch.zeros(len(found), most, length, dtype=torch.int64)

@@ -90,7 +90,7 @@ class Eagle(Decoding):
             target: whose features it continues.
             draft: not used.
             text: `[time]` tokens, more than 64.
-            generator: source of first weights, batches and noise.
+            generator: source of first weights, batches and noise, on the CPU.
 
         Raises:
             ValueError: too short a text, or tokens that the target does not have.

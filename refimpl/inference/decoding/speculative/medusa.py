@@ -86,7 +86,7 @@ class Medusa(Decoding):
             target: what the heads sit on.
             draft: not used.
             text: `[time]` tokens, more than 64 and the heads.
-            generator: source of batches.
+            generator: source of batches, on the CPU.
 
         Raises:
             ValueError: too short a text, or tokens that the target does not have.

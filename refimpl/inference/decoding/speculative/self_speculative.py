@@ -89,7 +89,7 @@ class SelfSpeculative(Decoding):
             target: left as it is; what is returned holds its layers themselves.
             draft: not used.
             text: `[time]` tokens, more than 64, to draw prompts from.
-            generator: source of prompts and of the search.
+            generator: source of prompts and of the search, on the CPU.
 
         Raises:
             ValueError: too short a text, or tokens that the target does not have.

@@ -104,6 +104,6 @@ class _Layer:
         held, first = self.held, newest - queries.shape[2] + 1
         for weights in attention_blocks(queries, held.keys, held.positions, first, self.window):
             time = weights.shape[3]
-            share = 1 / visible(held.positions, first, time, self.window).sum(dim=-1, keepdim=True)
+            share = 1 / visible(held.positions, first, time, self.window).sum(dim=-1, keepdim=True).to(weights.dtype)
             mark(held.notes, weights.mean(dim=2) > share, first)
             first += time

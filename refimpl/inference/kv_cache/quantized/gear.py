@@ -195,7 +195,7 @@ def outlier_places(vectors: Tensor, share: float) -> Tensor:
         [3, 1]
     """
     n = vectors.shape[-1]
-    count = min(max(1, int(n * share / 2)), n // 2) if share else 0
+    count = min(max(1, int(n * share / 2 + 1e-9)), n // 2) if share else 0
     return torch.cat([vectors.topk(count, largest=largest).indices for largest in (True, False)], dim=-1)
 
 
@@ -215,7 +215,7 @@ def low_rank(error: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         >>> (a @ b.T).round(decimals=4).tolist()
         [[3.0, 4.0], [6.0, 8.0]]
     """
-    right = start.to(error.dtype)
+    right = start.to(error)  # its dtype and its device
     for _ in range(ROUNDS - 1):
         right = error.mT @ (error @ right)
     left = torch.linalg.qr(error @ torch.linalg.qr(right).Q).Q

@@ -175,7 +175,7 @@ class _Layer:
         if self.keys.length:
             assert self.channels is not None
             wide, size = torch.promote_types(k.dtype, torch.float32), k.shape[1] * k.shape[3]
-            keys = self.keys.dense(size, *(x.to(wide) for x in self.channels))
+            keys = self.keys.dense(size, *(x.to(k.device, wide) for x in self.channels))
             values = self.values.dense(size, self.width.all().to(wide), self.middle.all().to(wide))
             keys, values = (torch.unflatten(x.squeeze(1), -1, (k.shape[1], -1)).transpose(1, 2) for x in (keys, values))
             keys = rotate(keys, *self._rotation(self.first[0].shape[2], keys.shape[2], k))
@@ -186,7 +186,7 @@ class _Layer:
     def _append_keys(self, x: Tensor, width: Tensor, middle: Tensor, half: torch.dtype) -> None:
         """Outliers are those beyond their channel's range, and of these the farthest at either end of the token."""
         stored(x, half)
-        width, middle = width.to(x.dtype), middle.to(x.dtype)
+        width, middle = width.to(x), middle.to(x)
         shares, count = (x - middle) / width, self._count(x)
         places = torch.cat([shares.topk(count, largest=largest).indices for largest in (True, False)], dim=-1)
         self.keys.append(x, width, middle, places, shares.gather(-1, places).abs() > 1, half)
@@ -205,7 +205,7 @@ class _Layer:
 
     def _count(self, x: Tensor) -> int:
         """Outliers at either end of a vector."""
-        return min(math.ceil(x.shape[-1] * self.method.outliers / 2), (x.shape[-1] - 1) // 2)
+        return min(math.ceil(x.shape[-1] * self.method.outliers / 2 - 1e-9), (x.shape[-1] - 1) // 2)
 
     def _rotation(self, begin: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of `count` positions from `begin` on, rounded as the decoder of this dtype rounds them; float32 or above."""

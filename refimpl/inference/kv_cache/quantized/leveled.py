@@ -14,7 +14,7 @@ class LeveledVectors:
 
     Args:
         bits: 1 to 8.
-        levels: `2^bits`, in [-1, 1].
+        levels: `2^bits`, in [-1, 1]; they go to the device of the vectors.
 
     Examples:
         >>> levels = torch.tensor([-1.0, 1.0])
@@ -50,6 +50,7 @@ class LeveledVectors:
         Raises:
             ValueError: what an outlier lacks is more than the dtype expresses.
         """
+        self.levels = Levels(*(level.to(x.device) for level in self.levels))
         codes = nearest((x - middle) / width, self.levels.encode)
         lack = (x - self._decoded(codes, width, middle)).gather(-1, places).masked_fill_(~apart, 0)
         self.codes.append(pack(codes, self.bits))

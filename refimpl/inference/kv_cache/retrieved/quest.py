@@ -97,13 +97,13 @@ class _Layer:
             self.bounds.append(k)
         keys, values = self.keys.all(), self.values.all()
         if not self.sparse or k.shape[2] > 1 or self.bounds.pages <= self.pages:
-            self.read = keys.numel() * (k.element_size() + v.element_size())
+            self.read = queries.shape[1] // k.shape[1] * keys.numel() * (k.element_size() + v.element_size())
             return keys, values, None
         at = self._chosen(queries[:, :, 0])
         heads = at.shape[1] // k.shape[1]
         grouped = torch.unflatten(at, 1, (-1, heads)).flatten(2)  # [rows, kv_heads, heads of the group times kept]
         found = [torch.unflatten(gather_tokens(x, grouped), 2, (heads, -1)).flatten(1, 2) for x in (keys, values)]
-        bounds = 2 * (self.bounds.pages - 1) * k[:, :, 0].numel() * k.element_size()
+        bounds = heads * 2 * (self.bounds.pages - 1) * k[:, :, 0].numel() * k.element_size()
         self.read = bounds + sum(x.numel() * x.element_size() for x in found)
         return found[0], found[1], at
 

@@ -1,7 +1,10 @@
 """What holds for every method that shortens prompts, and the arithmetic they share; the list of methods is the taxonomy's."""
 
+import dataclasses
+
 import pytest
 import torch
+import yaml
 
 import taxonomy
 from refimpl.data.prompting.compression.protocol import most, portions
@@ -46,6 +49,13 @@ def kept(compressor, text, budget):
 def is_subsequence(part, whole):
     rest = iter(whole)
     return all(token in rest for token in part)
+
+
+def test_settings_survive_yaml(entry):
+    """Oracle: PyYAML, which knows neither paths nor tuples."""
+    method = entry.load()()
+    again = type(method)(**yaml.safe_load(yaml.safe_dump(dataclasses.asdict(method))))
+    assert again == method and hash(again) == hash(method)
 
 
 def test_there_are_methods():

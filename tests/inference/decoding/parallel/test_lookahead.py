@@ -73,7 +73,8 @@ def test_steps_are_those_of_lists(target, w, n, g):
 def test_a_counting_target_by_hand():
     """Oracle: by hand. The target counts 0 to 4 round and round; the prompt's n-grams are known, so that guesses are right.
 
-    N = 4: two calls fill the window and give a token each; then 4 tokens a call. With N = 2, 2 tokens from the first call on.
+    N = 4: two calls fill the window and give a token each; then 4 tokens a call. With N = 2 one from the first call, which reads the
+    prompt, then 2.
     """
     table = torch.full((5, 5), 1e-6)
     table[torch.arange(5), (torch.arange(5) + 1) % 5] = 1
@@ -81,7 +82,7 @@ def test_a_counting_target_by_hand():
     decoded = Lookahead(ngram=4, from_prompt=True).decode(target, prompt, 14)
     assert decoded.tokens.tolist() == [[4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2]]
     assert decoded.target_calls == 5 and decoded.accepted.tolist() == [9] and decoded.rejected.tolist() == [0]
-    assert Lookahead(ngram=2, from_prompt=True).decode(target, prompt, 14).target_calls == 7
+    assert Lookahead(ngram=2, from_prompt=True).decode(target, prompt, 15).target_calls == 8
     assert Lookahead(ngram=4, window=1).decode(target, prompt, 14).target_calls > 5  # control
 
 

@@ -177,3 +177,12 @@ def test_claim_attention_is_sparse(claim):
         for weights in attention_of(testbed.subject().model, tokens)
     ]
     claim("h2o", "attention-is-sparse", sum(share > 0.95 for share in sparse) / len(sparse))
+
+
+def test_claim_heavy_hitters_restore_when_trained(claim):
+    """Answers of the testbed's model, a fifth of the prompt's tokens kept."""
+    both, recent = (
+        right(lambda config, n, share=share: H2O(budget=n // 5, recent_share=share).cache(config))
+        for share in (0.5, 1.0)
+    )
+    claim("h2o", "heavy-hitters-restore-when-trained", both - recent)

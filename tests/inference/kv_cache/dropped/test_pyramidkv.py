@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from refimpl import testbed
 from refimpl.inference.kv_cache.dropped.pyramidkv import PyramidKV
 from refimpl.inference.kv_cache.dropped.snapkv import SnapKV
+from tests.inference.kv_cache.answers import right
 from tests.inference.kv_cache.decoders import decoder
 from tests.inference.kv_cache.dropped.attention_maps import attention_of
 from tests.inference.kv_cache.dropped.masked import masked
@@ -122,6 +123,19 @@ def test_claim_attention_narrows(claim):
     ]
     widths = [float((weights.cumsum(dim=-1) < 0.9).sum(dim=-1).add(1.0).mean()) for weights in maps]
     claim("pyramidkv", "attention-narrows", widths[0] / widths[-1])
+
+
+def test_claim_unequal_shares_answer_more(claim):
+    """Answers of several tokens by the testbed's model: the first one comes from the full cache, whatever is dropped after the prompt."""
+    ours, equal = (
+        right(
+            lambda config, n, kind=kind: kind(budget=n // 4).cache(config),
+            rows=32,
+            tasks=("retrieval", "code_completion"),
+        )
+        for kind in (PyramidKV, SnapKV)
+    )
+    claim("pyramidkv", "unequal-shares-answer-more", ours - equal)
 
 
 def test_claim_unequal_shares_lose_less(claim):

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from refimpl import testbed
 from refimpl.inference.kv_cache.dropped.scissorhands import Scissorhands
 from refimpl.model.cache import FullCache
+from tests.inference.kv_cache.answers import right
 from tests.inference.kv_cache.decoders import decoder, run, shape
 from tests.inference.kv_cache.dropped.attention_maps import attention_of
 from tests.inference.kv_cache.dropped.lookup import lookup_decoder, question, share_right, text
@@ -103,10 +104,12 @@ def test_the_history_ends():
     assert fed(Scissorhands(**method, history=3), likes) == [1, 6]
 
 
-def test_an_even_share_is_not_pivotal():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_even_share_is_not_pivotal(dtype):
     """Oracle: by hand: queries of 0 attend evenly, and mark no token, not even the first, which has all of its own query."""
-    cache, x = Scissorhands(budget=8).cache(shape(n_heads=1, n_kv_heads=1, head_dim=4)), torch.zeros(1, 1, 8, 4)
-    cache.update(0, x, x, x, torch.arange(8)[None])
+    cache = Scissorhands(budget=60).cache(shape(n_heads=1, n_kv_heads=1, head_dim=4))
+    x = torch.zeros(1, 1, 60, 4, dtype=dtype)  # a share of 1/25 is rounded down in float32
+    cache.update(0, x, x, x, torch.arange(60)[None])
     assert not cache._layers[0][0].held.notes.any()
 
 
@@ -169,3 +172,12 @@ def test_claim_pivotal_tokens_are_few(claim):
     maps = torch.stack(attention_of(testbed.subject().model, tokens))[..., :256, :256]
     pivotal = (maps > 1 / torch.arange(1, 257)[:, None]).any(dim=2)
     claim("scissorhands", "pivotal-tokens-are-few", pivotal.float().mean())
+
+
+def test_claim_nothing_lost_when_trained(claim):
+    """Answers of the testbed's model, a fifth of the prompt's tokens kept."""
+    ours, full = (
+        right(lambda config, n: Scissorhands(budget=n // 5).cache(config)),
+        right(lambda config, n: FullCache()),
+    )
+    claim("scissorhands", "nothing-lost-when-trained", ours / full)

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from refimpl.inference.kv_cache.dropped.streaming_llm import StreamingLLM
 from refimpl.inference.kv_cache.dropped.tova import TOVA
+from tests.inference.kv_cache.answers import right
 from tests.inference.kv_cache.decoders import decoder, run, shape
 from tests.inference.kv_cache.dropped.lookup import lookup_decoder, question, share_right, text
 from tests.inference.kv_cache.dropped.masked import keep_only, masked
@@ -120,3 +121,11 @@ def test_claim_the_first_token_stays(claim):
         second.append(held is None or 21 + 5 in held)  # the fact 1
     claim("tova", "the-first-token-stays", sum(first) / len(first))
     assert not all(second)
+
+
+def test_claim_better_than_a_window_when_trained(claim):
+    """Answers of the testbed's model, a quarter of the prompt's tokens kept."""
+    ours, window = (
+        right(lambda config, n, kind=kind: kind(budget=n // 4).cache(config)) for kind in (TOVA, StreamingLLM)
+    )
+    claim("tova", "better-than-a-window-when-trained", ours - window)

@@ -1,11 +1,13 @@
 """GEAR: blocks rebuilt by loops in NumPy, factors against the singular values, bytes by formula, claims."""
 
 import functools
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from refimpl import testbed
@@ -27,7 +29,9 @@ def without_factors(vector, method):
 def _rounded(numbers, method):
     vector = np.frombuffer(numbers)
     found, order = vector.copy(), np.argsort(vector, kind="stable")
-    count = min(max(1, int(len(vector) * method.outliers / 2)), len(vector) // 2) if method.outliers else 0
+    count = (
+        min(max(1, int(len(vector) * Fraction(str(method.outliers)) / 2)), len(vector) // 2) if method.outliers else 0
+    )
     out = [*order[:count], *order[len(vector) - count :]]
     found[out] = vector.mean()
     size = method.group_size or len(vector)
@@ -108,6 +112,13 @@ def test_factors_of_each_head_and_block(outliers, generator):
             assert size > 0.1
 
 
+def test_factors_lie_where_the_error_does():
+    """Oracle: what torch says of devices, by tensors without numbers; the iteration's start lies on the CPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        factors = low_rank(torch.empty(1, 1, 8, 4, device="cuda"), torch.rand(4, 2))
+    assert {factor.device.type for factor in factors} == {"cuda"}
+
+
 @pytest.mark.parametrize(("rank", "rows"), [(1, 40), (4, 40), (4, 3), (4, 1)])
 def test_factors_come_near_the_best(rank, rows, generator):
     """Oracle: Eckart and Young: no product of this rank errs less than the singular values beyond it, and three rounds come near."""
@@ -126,6 +137,7 @@ def test_outliers_by_hand():
     x = torch.tensor([5.0, -7, 0, 3, 1])
     assert outlier_places(x, 0.8).tolist() == [0, 3, 1, 2]
     assert outlier_places(x, 0.02).tolist() == [0, 1]
+    assert outlier_places(torch.arange(200.0), 0.29).shape == (2 * 29,)  # 200 * 0.29 / 2 is a little less than 29
     assert outlier_places(x, 0.0).tolist() == outlier_places(x[:1], 0.4).tolist() == []
 
 

@@ -1,6 +1,8 @@
 """KVQuant: the official rules in NumPy with rotations as complex numbers, calibration, rotations, bytes, padding, claims."""
 
 import copy
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -67,7 +69,7 @@ def by_the_rules(method, config):
 
     def rebuild(layer, k, v):
         rows, heads, n, dim = k.shape
-        count = int(np.ceil(heads * dim * method.outliers / 2))
+        count = math.ceil(heads * dim * Fraction(str(method.outliers)) / 2)
         spin = turns(config, n)[:, None]
         for row in range(rows):
             keys, values = (x[row].transpose(0, 1).numpy() for x in (k, v))  # views [n, heads, dim]
@@ -178,6 +180,16 @@ def test_calibration_by_hand():
     assert (norm.decode.max() - norm.decode.min()) > (
         norm.encode.max() - norm.encode.min()
     )  # Q-Norm widens what means narrowed
+
+
+def test_calibrated_here_and_run_there(device):
+    """Oracle: the same on the CPU, where the calibration was made."""
+    if device.type == "cpu":
+        pytest.skip("needs another device: --device cuda")
+    model, sizes = decoder(head_dim=8), [30] + [1] * 10
+    method = KVQuant(outliers=0.1).calibrated(model, TEXTS)
+    expected = run(model, TOKENS, method.cache(model.config), sizes)
+    assert_close(run(model.to(device), TOKENS.to(device), method.cache(model.config), sizes).cpu(), expected)
 
 
 def test_levels_are_means_by_sensitivity():

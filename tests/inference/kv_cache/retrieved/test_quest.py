@@ -80,7 +80,7 @@ def test_pages_by_hand(budget, pages):
 
 
 def test_what_is_read_and_what_is_held():
-    """Oracle: by hand, in tokens of 64 numbers: 100 tokens are held with bounds of 13 pages; the last reads 12 bounds and 3 pages, one of four tokens, for each of four heads."""
+    """Oracle: by hand, in tokens of 64 numbers: 100 tokens are held with bounds of 13 pages; the last reads all of a dense layer, and 12 bounds and 3 pages, one of four tokens, for each of four heads over two of keys."""
     config = shape(n_kv_heads=2)
     cache, x = Quest(budget=24, page_size=8, dense_layers=1).cache(config), torch.zeros(1, 2, 100, 32)
     for layer in range(2):
@@ -88,7 +88,7 @@ def test_what_is_read_and_what_is_held():
             at = torch.arange(100)[None, part]
             cache.update(layer, x[:, :, part], x[:, :, part], x[:, :, part].repeat(1, 2, 1, 1), at)
     one = 2 * 32 * 4  # bytes of a token's keys, or values, of both heads
-    dense, sparse = 2 * 100 * one, 2 * 12 * one + 2 * (2 * 8 + 4) * 2 * one
+    dense, sparse = 2 * (2 * 100 * one), 2 * (2 * 12 * one + 2 * (2 * 8 + 4) * one)
     assert cache.read_bytes == dense + sparse
     held = [Quest(budget=24, page_size=8, dense_layers=layers).cache(config) for layers in (1, 0)]
     for made in held:
