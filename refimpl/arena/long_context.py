@@ -14,7 +14,8 @@ was left of those before.
 
 A method's settings are its own, but for one: `compression` stands for the `budget` that is so many times below what was read
 (`tokens_to_keep`), sample by sample, so that all methods that drop tokens have the same. The figure `compression` counts
-bytes, and so is less than the setting where a cache holds more than its budget of tokens: room to append, scores.
+bytes, and so is less than the setting where a cache holds more than its budget of tokens: room to append, scores. The full cache has
+room for the prompt from the first, and later for a few tokens more than it holds.
 
 Methods join in one of four ways: by `cache(config)`; those that are fitted to a model by `calibrated(model, texts)` before, on training
 text; those that shorten the prompt by `compressor(tokenizer, model)`: then the full cache holds what they leave of the text, with
@@ -26,6 +27,7 @@ against the bytes of the testbed's.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ ABOUT = (
     f"A model in bfloat16 answers questions on long texts (the testbed's on up to {LENGTH} tokens, unless others are given) from a "
     "compressed cache: the task's own score, bytes held after the prompt and at the end, and time to read and to decode."
 )
-VERSION = 2
+VERSION = 3
 METRICS = (
     Metric("score", "task's own, 0 to 1", "higher"),
     Metric("compression", "times fewer bytes than all tokens' after the prompt", "higher"),
@@ -100,7 +102,7 @@ def substrate(conditions: Conditions) -> Substrate:
 def baseline(conditions: Conditions) -> dict[str, float]:
     """All keys and values, in the model's 16 bits."""
     given = substrate(conditions)
-    return figures(given, conditions, lambda _: _full(given))
+    return figures(given, conditions, partial(_full, given))
 
 
 def measure(implementation: Any, settings: dict[str, Any], conditions: Conditions) -> dict[str, float]:
@@ -132,7 +134,7 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
             kept: list[int] = compressor.compress([sample.context], [budget], [asked])[0].ids.tolist()
             return [*context[:special], *kept]
 
-        return figures(given, conditions, lambda _: _full(given), shorten)
+        return figures(given, conditions, partial(_full, given), shorten)
     if not callable(getattr(implementation, "cache", None)):
         raise TypeError(
             f"{implementation.__name__} has none of `cache(config)`, `compressor(tokenizer, model)` and "
@@ -153,8 +155,9 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
     return figures(given, conditions, cache)
 
 
-def _full(given: Substrate) -> Cache:
-    return FullCache(given.model.config.sliding_window)
+def _full(given: Substrate, read: int) -> Cache:
+    """With room for the prompt from the first, so that it holds as much however it is read."""
+    return FullCache(given.model.config.sliding_window, reserve=read)
 
 
 def figures(

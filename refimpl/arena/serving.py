@@ -36,7 +36,7 @@ ABOUT = (
     "iterations, waiting, time to the first token, use of the slots, bytes of the caches, what share of them holds tokens, and what share of "
     "the prompts was found in them."
 )
-VERSION = 3
+VERSION = 4
 METRICS = (
     Metric("tokens_per_second", "new tokens, over all requests", "higher", exact=False),
     Metric("iterations", "passes of the model", "lower"),
@@ -45,7 +45,7 @@ METRICS = (
     Metric("first_token_p99", "the same of 99 % of the requests; of fewer than 100 requests the longest", "lower"),
     Metric("utilization", "share of the slots, over all iterations, that gave a token", "higher"),
     Metric("peak_bytes", "bytes of the caches at the peak", "lower"),
-    Metric("device_bytes", "bytes of weights and caches on the device at the peak", "lower"),
+    Metric("device_bytes", "bytes on the device at the peak: weights, and memory for caches, taken or not", "lower"),
     Metric("peak_used", "share of them that holds tokens then", "higher"),
     Metric("share_used", "share of the bytes held that holds tokens, over all iterations", "higher"),
     Metric("prefill_tokens", "tokens computed to read prompts, padding and repetition included", "lower"),

@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-STEP = 64  # tokens of room beside a window
+STEP = 64  # tokens of room, at least
 
 
 class Cache(Protocol):
@@ -90,12 +90,12 @@ class _Layer:
 class FullCache:
     """All keys and values; of a sliding-window layer those that a query can still see.
 
-    Buffers double when they are full (that of a window moves on every 64 tokens), so that a step copies its own token
-    only. What `update` returns are views of them, which later calls leave as they are unless `truncate` came between.
+    Full buffers get a sixteenth more than they need, at least 64 tokens (that of a window moves on every 64), so that most steps copy
+    their own token only. What `update` returns are views of them, which later calls leave as they are unless `truncate` came between.
 
     Args:
         windows: each layer's window in tokens, None for all, as `Config.sliding_window`; empty keeps all.
-        reserve: tokens to make room for at once; a known number spares the doubling, and the bytes that it holds ahead.
+        reserve: tokens to make room for at once; a known number spares the copies, and the bytes that are held ahead.
     """
 
     def __init__(self, windows: Sequence[int | None] = (), reserve: int = 0) -> None:
@@ -170,10 +170,10 @@ class FullCache:
         capacity, need = held.k.shape[2], held.end - held.start + time
         if held.end + time <= capacity:
             return
-        if window is None:
-            size = max(need, self.reserve if not held.seen else 2 * capacity)
-        else:
-            size = need + (STEP if held.seen else 0)  # a prompt's room is given back by the next call
+        if held.seen:
+            size = need + (max(STEP, need // 16) if window is None else STEP)
+        else:  # a prompt's room in a window is given back by the next call
+            size = max(need, self.reserve) if window is None else need
         held.k, held.v = (resized(x[:, :, held.start : held.end], size) for x in (held.k, held.v))
         held.start, held.end = 0, held.end - held.start
 

@@ -64,7 +64,10 @@ def test_bytes_are_those_of_the_buffers(generator):
     assert cache.nbytes == 100 * 3 * 10 * 4
     one = k[:, :, :1], v[:, :, :1], k[:, :, :1], torch.tensor([[100]])
     cache.update(0, *one)
-    assert cache.nbytes == 200 * 3 * 10 * 4
+    assert cache.nbytes == (101 + STEP) * 3 * 10 * 4
+    long = FullCache()
+    list(feed(long, *draw(generator, 3201, batch=1), [3200, 1], layers=1))
+    assert long.nbytes == (3201 + 200) * 3 * 10 * 4
     cache.reset()
     assert (cache.nbytes, cache.length) == (0, 0)
     windowed = FullCache((5,), reserve=1000)

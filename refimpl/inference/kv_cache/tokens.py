@@ -6,7 +6,7 @@ from torch import Tensor
 class Tokens:
     """Tokens `[rows, kv_heads, tokens, ...]` that are appended to, with a sixteenth of room, so that few appends copy.
 
-    Less room than `FullCache`'s doubling: what is held here is small, and room counts as bytes.
+    No least room, as `FullCache` has: what is held here may be small, and room counts as bytes.
 
     Examples:
         >>> import torch

@@ -69,7 +69,7 @@ class PagedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the blocks that are taken."""
+        """Bytes of the blocks that are taken, of a memory that lies there whole from the start (`pool.nbytes`)."""
         return self.blocks.taken * self.pool.block_bytes
 
     def select(self, rows: Tensor | Sequence[int]) -> None:

@@ -35,9 +35,14 @@ class Pool:
         self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of a block in all layers."""
-        return (self.keys.nbytes + self.values.nbytes) // self.keys.shape[1]
+        return self.nbytes // self.keys.shape[1]
 
     def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
         """Put keys and values `[tokens, kv_heads, head_dim]` at places `[tokens]`."""

@@ -58,6 +58,11 @@ class Store(Protocol):
         """Bytes of them that hold tokens of those that run."""
         ...
 
+    @property
+    def resident(self) -> int:
+        """Bytes on the device, those included that nobody has taken."""
+        ...
+
     def order(self, waiting: list[Job]) -> list[Job]:
         """In which order those who wait are asked in; they come in order of arrival."""
         ...
@@ -96,7 +101,8 @@ def iterate(
         store: empty; it decides who fits in.
         watch: called with the store after each iteration, before those that ended release their memory.
     """
-    journal = Journal(requests, slots, weight_bytes(model))
+    weights = weight_bytes(model)
+    journal = Journal(requests, slots, weights)
     coming = deque(sorted((Job(i, r, [*r.prompt]) for i, r in enumerate(requests)), key=_arrival))
     waiting: list[Job] = []  # those who have arrived, in order of arrival
     running: list[Job] = []  # the same
@@ -123,7 +129,7 @@ def iterate(
         ended = [job for job in running if job.request.ends(journal.answers[job.index])]
         for job in ended:
             journal.end(job.index)
-        journal.iteration(running=len(running), held=store.held, used=store.used)
+        journal.iteration(running=len(running), held=store.held, used=store.used, device=weights + store.resident)
         if watch:
             watch(store)
         for job in ended:

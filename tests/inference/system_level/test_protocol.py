@@ -75,10 +75,11 @@ def test_memory_is_never_exceeded_and_nothing_is_left(method, plain, generator):
 
 
 def test_weights_and_caches_lie_on_the_device(method, model, generator):
-    """Oracle: the storages of all tensors of the model, summed up here, and the bytes held; whoever can offload, but has room, adds buffers."""
-    method = replace(method, device=1.0) if hasattr(method, "device") else method
-    served, weights = method.serve(model, trace(generator)), sum(tensors(dict(model.named_parameters())).values())
-    beside = [device - weights - held for device, held in zip(served.device, served.held, strict=True)]
+    """Oracle: the storages of all tensors of the model and of the store, summed up here; whoever can offload, but has room, adds buffers."""
+    method, there = replace(method, device=1.0) if hasattr(method, "device") else method, []
+    weights = tensors(dict(model.named_parameters()))
+    served = method.serve(model, trace(generator), lambda store: there.append(sum((weights | tensors(store)).values())))
+    beside = [device - found for device, found in zip(served.device, there, strict=True)]
     assert served.device_bytes == max(served.device)
     assert all(x > 0 for x in beside) if hasattr(method, "device") else not any(beside)
 

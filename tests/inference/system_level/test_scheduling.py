@@ -19,7 +19,7 @@ class Counted:
     def held(self):
         return sum(self.taken.values())
 
-    used = held
+    used = resident = held
 
     def order(self, waiting):
         return waiting[::-1] if self.backwards else waiting

@@ -71,6 +71,11 @@ class Reserved:
         """Bytes of the entries that were written."""
         return self._entry * sum(cache.length for cache in self._caches.values())
 
+    @property
+    def resident(self) -> int:
+        """Buffers are made for a request, and freed when it ends."""
+        return self.held
+
     def order(self, waiting: list[Job]) -> list[Job]:
         """As they came."""
         return waiting

@@ -205,6 +205,11 @@ class Paged:
         """Bytes of the entries that were written; no two requests share one."""
         return self._entry * sum(table.length for table in self.blocks.tables.values())
 
+    @property
+    def resident(self) -> int:
+        """The whole memory, which is allocated at the start."""
+        return self.pool.nbytes
+
     def order(self, waiting: list[Job]) -> list[Job]:
         """As they came."""
         return waiting

@@ -106,6 +106,11 @@ class Remembering:
         """Bytes of the entries of those that run; what several share counts once."""
         return len({place for holding in self._holding.values() for place in holding.places}) * self.pool.block_bytes
 
+    @property
+    def resident(self) -> int:
+        """The whole memory, which is allocated at the start."""
+        return self.pool.nbytes
+
     def order(self, waiting: list[Job]) -> list[Job]:
         """The longest match first; equal ones as they came."""
         if self._schedule == "arrival":
