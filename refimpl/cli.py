@@ -278,11 +278,13 @@ def graph(
         relation=relation or [],
         papers=papers,
     )
+    if as_json and format not in (None, "json"):
+        raise Refused(f"--json and --format {format} exclude each other; give one of them")
     suffix = output.suffix if output else ".mmd"
     kind = "json" if as_json else format or graphs.SUFFIXES.get(suffix)
     if kind is None:
         raise Refused(f"--output {str(output)!r}: its suffix names no format; known: {', '.join(graphs.SUFFIXES)}")
-    if output and graphs.SUFFIXES.get(suffix, kind) != kind:
+    if output and kind in graphs.SUFFIXES.values() and graphs.SUFFIXES.get(suffix, kind) != kind:
         raise Refused(f"--output {str(output)!r}: its suffix names another format than {kind}; leave one of them out")
     text = graphs.render(chosen, cast(graphs.Format, kind), layout=cast(graphs.LayoutName, layout))
     if output is None:

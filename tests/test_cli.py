@@ -720,6 +720,8 @@ def test_new(effllm, small):
         (["claims", "rtm"], 1, "unknown method 'rtm'; did you mean 'rtn'?"),
         (["claims", "rtn", "-o", "x.json"], 1, "--output 'x.json' is where measured claims are stored; give --measure, too"),
         (["graph", "--json", "-o", "x.svg"], 1, "--output 'x.svg': its suffix names another format than json; leave one of them out"),
+        (["graph", "--format", "svgg", "-o", "x.svg"], 1, "unknown format 'svgg'; did you mean 'svg'?"),
+        (["graph", "--json", "--format", "svg"], 1, "--json and --format svg exclude each other; give one of them"),
         (["graph", "--format", "dot", "-o", "x.graphml"], 1, "its suffix names another format than dot"),
         (["run", "rtm"], 1, "unknown method 'rtm'; did you mean 'rtn'?"),
         (["run", "gptq"], 1, "'gptq' has no implementation yet (`effllm tree --implemented` lists those that run)"),

@@ -33,6 +33,7 @@ from tools.break_even import break_even
 
 ROOT = Path(__file__).parents[1]
 LONG_CONTEXT = "long_context"  # the arena that is held against a published benchmark
+MIXERS = "architecture/alternatives"  # category of those that stand in the place of attention
 SURVEY = "survey"  # folder of the generated tree, and name of its tab
 PROTECTED = re.compile(r"(\$\$.+?\$\$|\$[^$]+\$|```.+?```|`[^`]+`)", re.DOTALL)
 
@@ -225,6 +226,7 @@ class Site:
         arenas = {name: d for name, d in self.documents.items() if "arena" in d}
         for name, document in arenas.items():
             methods = {row["method"] for row in document["rows"]}
+            mixers = [m for i in sorted(methods) if (m := self.tree.methods.get(i)) and m.category.startswith(MIXERS)]
             self.page(
                 f"results/{name}.md",
                 "arena.md.j2",
@@ -238,6 +240,9 @@ class Site:
                 findings=findings.answers(document) if name == LONG_CONTEXT else [],
                 beside=findings.side_by_side(document) if name == LONG_CONTEXT else [],
                 published=findings.read() if name == LONG_CONTEXT else {},
+                learnt=findings.learnt({m.id: self.root / "refimpl" / f"{m.path}.safetensors" for m in mixers})
+                if name == LONG_CONTEXT
+                else {},
             )
             self.put(f"results/{name}.json", json.dumps(document, indent=1) + "\n")
             self.put(f"results/{name}.csv", results.csv_text(document))

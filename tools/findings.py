@@ -6,6 +6,7 @@ they have what it needs, and from those measured here, of each seed by itself. A
 figures (`READ`), unless the order is about just that.
 """
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from safetensors import safe_open
 
 from refimpl.views import mean_text, settings_text
 
 BASELINE = "full cache"
 PUBLISHED = Path(__file__).parents[1] / "docs" / "published" / "long_context.yaml"
+TESTBED = Path(__file__).parents[1] / "refimpl" / "testbed" / "checkpoint" / "training.json"
 READ = {"streaming-llm": "chunks"}  # all others whole; InfLLM takes what it is given in chunks of its own
 TASKS = ("single_doc_qa", "multi_doc_qa", "summarization", "few_shot", "retrieval", "code_completion")
 Row = Mapping[str, Any]
@@ -147,6 +150,7 @@ def _worst(scores: Scores, methods: Sequence[str], **settings: Any) -> float:
 AS_THEY_COME = ("h2o", "streaming-llm", "scissorhands", "tova")  # drop tokens whenever there are new ones
 WHILE_READING = ("streaming-llm", "infllm")  # compressed the prompt while they read it, in the published figures
 LINEAR = ("mamba", "rwkv")
+FROM_RANDOM_WEIGHTS = "these models began with random weights, and so few steps taught them little of looking things up, as the table of what they had learnt says"
 FINDINGS = (
     Finding(
         "A prompt that is read uncompressed loses less than one that is compressed while it is read, at the same budget.",
@@ -215,18 +219,21 @@ FINDINGS = (
         "Griffin, retrieval",
         "Mamba and RWKV, retrieval",
         lambda s: (s.share("griffin", "retrieval"), s.share(LINEAR, "retrieval")),
+        why=FROM_RANDOM_WEIGHTS,
     ),
     Finding(
         "Some attention helps linear-time models with code completion.",
         "Griffin, code completion",
         "Mamba and RWKV, code completion",
         lambda s: (s.share("griffin", "code_completion"), s.share(LINEAR, "code_completion")),
+        why=FROM_RANDOM_WEIGHTS,
     ),
     Finding(
         "Hybrids find needles that purely linear-time models lose.",
         "Griffin, needle",
         "Mamba and RWKV, needle",
         lambda s: (s.share("griffin", "needle"), s.share(LINEAR, "needle")),
+        why=FROM_RANDOM_WEIGHTS,
     ),
     Finding(
         "Short answers flatter methods that drop tokens while decoding: the first token still comes from the full cache.",
@@ -367,3 +374,18 @@ def _left(scores: Sequence[float | None], full: Sequence[float | None], datasets
 def _mean(scores: Sequence[float | None], datasets: Sequence[int]) -> float | None:
     known = [score for score in scores if score is not None]
     return statistics.fmean(known, datasets) if len(known) == len(scores) else None
+
+
+def learnt(weights: Mapping[str, Path], testbed: Path = TESTBED) -> dict[str, dict[str, float]]:
+    """The last row of each model's training log: what it answered, by teacher forcing, when its training ended.
+
+    Args:
+        weights: files of trained mixers, by method; those that are not there are left out.
+        testbed: the testbed's own log.
+    """
+    found = {BASELINE: json.loads(testbed.read_text(encoding="utf-8"))["log"][-1]}
+    for method, path in weights.items():
+        if path.is_file():
+            with safe_open(path, "np") as file:
+                found[method] = json.loads(file.metadata()["log"])[-1]
+    return found

@@ -156,7 +156,7 @@ def measure(implementation: Any, settings: dict[str, Any], conditions: Condition
 
 
 def _full(given: Substrate, read: int) -> Cache:
-    """With room for the prompt from the first, so that it holds as much however it is read."""
+    """With room for the prompt from the first, so that it holds as much however it is read; a layer with a window holds less of one in chunks."""
     return FullCache(given.model.config.sliding_window, reserve=read)
 
 

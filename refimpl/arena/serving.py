@@ -46,7 +46,7 @@ METRICS = (
     Metric("utilization", "share of the slots, over all iterations, that gave a token", "higher"),
     Metric("peak_bytes", "bytes of the caches at the peak", "lower"),
     Metric("device_bytes", "bytes on the device at the peak: weights, and memory for caches, taken or not", "lower"),
-    Metric("peak_used", "share of them that holds tokens then", "higher"),
+    Metric("peak_used", "share of the caches' bytes at their peak that holds tokens", "higher"),
     Metric("share_used", "share of the bytes held that holds tokens, over all iterations", "higher"),
     Metric("prefill_tokens", "tokens computed to read prompts, padding and repetition included", "lower"),
     Metric("hit_rate", "share of the prompts' tokens that were in a cache when the prompt was first read", "higher"),

@@ -1,8 +1,10 @@
 """Findings of the published benchmark, held against figures. Oracle: by hand, on a few made-up rows."""
 
+import json
 from random import Random
 
 import pytest
+from safetensors.numpy import save_file
 
 import taxonomy
 from refimpl.inference.kv_cache.dropped.streaming_llm import StreamingLLM
@@ -36,13 +38,13 @@ def answer(rows, says):
     return found
 
 
-def page(tmp_path, rows):
+def page(tmp_path, rows, **learnt):
     """What the template makes of these rows."""
     site = docs.Site(docs.ROOT, tmp_path, taxonomy.load(), {})
     site.measured = {}
     site.templates = docs._templates(site)
     found = {"findings": findings.answers({"rows": rows}), "beside": findings.side_by_side({"rows": rows})}
-    site.page("page.md", "findings.md.j2", **found, published=findings.read())
+    site.page("page.md", "findings.md.j2", **found, published=findings.read(), learnt=learnt)
     return (tmp_path / "page.md").read_text(encoding="utf-8")
 
 
@@ -253,3 +255,21 @@ def test_only_llama_completes_code_better_with_less():
     for rows, raised in ((published["rows"], True), *((own, False) for own in published["other_models"].values())):
         scores = {r["method"]: r["scores"][at] for r in rows if r["settings"] in ({}, {"compression": 8})}
         assert (scores["streaming-llm"] + scores["infllm"] > 2 * scores["full cache"]) == raised
+
+
+def test_what_models_had_learnt_is_read_from_their_logs(tmp_path):
+    """Oracle: logs written here."""
+    logs = [[{"step": step, "needle": share} for step, share in ((1, 0.0), (2, last))] for last in (1.0, 0.25)]
+    (tmp_path / "training.json").write_text(json.dumps({"log": logs[0]}))
+    save_file({}, tmp_path / "mamba.safetensors", {"log": json.dumps(logs[1])})
+    weights = {name: tmp_path / f"{name}.safetensors" for name in ("mamba", "not-trained")}
+    found = findings.learnt(weights, tmp_path / "training.json")
+    assert found == {"full cache": {"step": 2, "needle": 1.0}, "mamba": {"step": 2, "needle": 0.25}}
+
+
+def test_the_page_says_what_models_had_learnt_only_if_a_mixer_is_among_them(tmp_path):
+    """Oracle: by hand."""
+    logs = {"full cache": {"step": 2600, "multi_doc_qa": 1.0}}
+    assert "had learnt" not in page(tmp_path, [], **logs)
+    told = page(tmp_path, [], **logs, mamba={"multi_doc_qa": 0.25})
+    assert "| model | multi doc qa |\n|---|--:|\n| full cache | 1.00 |\n| [Mamba](" in told

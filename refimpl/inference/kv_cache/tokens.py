@@ -6,7 +6,7 @@ from torch import Tensor
 class Tokens:
     """Tokens `[rows, kv_heads, tokens, ...]` that are appended to, with a sixteenth of room, so that few appends copy.
 
-    No least room, as `FullCache` has: what is held here may be small, and room counts as bytes.
+    Without the least room that `FullCache` makes: what is held here may be small, and room counts as bytes.
 
     Examples:
         >>> import torch

@@ -117,12 +117,21 @@ class Blocks:
             self.counts[block] += 1
         return child
 
-    def close(self, sequence: int) -> None:
-        """Give up a sequence; blocks that nobody else holds are free."""
-        for block in self.tables.pop(sequence).blocks:
+    def shorten(self, sequence: int, length: int) -> None:
+        """Give up all but the first `length` tokens of a sequence; blocks that nobody else holds are free."""
+        table = self.tables[sequence]
+        kept = -(-length // self.size)
+        for block in table.blocks[kept:]:
             self.counts[block] -= 1
             if not self.counts[block]:
                 self._free.append(block)
+        del table.blocks[kept:]
+        table.length = min(table.length, length)
+
+    def close(self, sequence: int) -> None:
+        """Give up a sequence."""
+        self.shorten(sequence, 0)
+        del self.tables[sequence]
 
     def _copies(self, table: Table) -> bool:
         """Whether the next token goes into a block that others hold, too."""

@@ -99,12 +99,17 @@ class PagedCache:
             raise ValueError(f"the cache holds a batch of {len(self._rows)}, and gets {batch}: reset() it first")
         start = self._seen.get(layer, 0)
         end = start + time
-        for row in self._rows:
-            if self.blocks.tables[row].length < end:  # the first layer makes room for all
-                copy = self.blocks.append(row, end - self.blocks.tables[row].length)
-                if copy:
-                    self.pool.copy(*copy)
-        self._seen[layer] = end  # where blocks ran out before, the same tokens may be given once more
+        try:
+            for row in self._rows:
+                if self.blocks.tables[row].length < end:  # the first layer makes room for all
+                    copy = self.blocks.append(row, end - self.blocks.tables[row].length)
+                    if copy:
+                        self.pool.copy(*copy)
+        except ValueError:  # no block is free: rows before this one give back theirs
+            for row in self._rows:
+                self.blocks.shorten(row, start)
+            raise
+        self._seen[layer] = end
         tables = [self.blocks.tables[row].blocks for row in self._rows]
         places = torch.cat([self.pool.places(table)[start:end] for table in tables])
         self.pool.write(layer, places, *(x.transpose(1, 2).flatten(0, 1) for x in (k, v)))

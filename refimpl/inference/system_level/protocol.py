@@ -9,7 +9,8 @@ Glossary
     entry      keys and values of one token in all layers: 2 * layers * kv_heads * head_dim numbers
     memory     entries that all caches together may hold
     held       bytes that are taken from the memory, whatever lies in them
-    used       bytes of these that hold tokens of the iteration's requests; what several share counts once
+    resident   bytes of memory for caches on the device, taken or not
+    used       bytes of the held ones that hold tokens of the iteration's requests; what several share counts once
     prefill    entries computed where a request is admitted, or again after it had to give up its memory; padding counts
 
 A method is a frozen configuration with the fields `slots` and `memory`; all that lives from call to call is made inside `serve`.
@@ -84,7 +85,7 @@ class Served:
         running: requests that got a token, by iteration.
         held: bytes, by iteration.
         used: bytes, by iteration.
-        device: bytes of weights, caches and what is computed in that the device's memory holds, by iteration.
+        device: bytes on the device, by iteration: weights, memory for caches, taken or not, and what is computed in.
         prefill_tokens: entries computed in prefill, padding included.
         prompt_tokens: of all prompts.
         found_tokens: of these, those whose entries were in the memory when their prompt was first read.

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
+import taxonomy
+from refimpl import testbed
 from refimpl.architecture.alternatives import trained
 from refimpl.architecture.alternatives.language_model import LanguageModelConfig
 from refimpl.architecture.alternatives.state_space.mamba import Mamba
@@ -56,3 +59,24 @@ def test_a_file_that_is_cut_off_or_another_methods_is_told(tmp_path, generator):
     path.write_bytes(path.read_bytes()[:99])
     with pytest.raises(ValueError, match=r"weights\.safetensors: is no safetensors file, or is cut off"):
         load(Mamba, path)
+
+
+MIXERS = [m for m in taxonomy.load().find(category="architecture/alternatives") if "long_context" in m.arena]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("entry", MIXERS, ids=lambda method: method.id)
+def test_models_that_come_along_have_learnt(entry):
+    """Oracle: the entropy of a token whose share in the training text is known, in nats; a model that has learnt nothing is above it."""
+    kind = entry.load()
+    model, text = load(kind), testbed.corpus.tokens("held-out")[:2056].view(8, 257)
+    seen = torch.bincount(testbed.corpus.tokens("train"), minlength=model.config.vocabulary).double()
+    by_share = -(seen / seen.sum()).log()[text[:, 1:]].mean()
+    learnt = F.cross_entropy(model(text[:, :-1]).float().flatten(0, 1), text[:, 1:].flatten())
+    assert learnt < 0.7 * by_share
+    assert trained.weights_file(kind).stat().st_size < 8e6
+    assert 2.5e6 < sum(p.numel() for p in model.parameters()) < 3.6e6  # as large as the testbed's, within a fifth
+
+
+def test_there_are_models_that_come_along():
+    assert {method.id for method in MIXERS} == {"mamba", "rwkv", "griffin"}

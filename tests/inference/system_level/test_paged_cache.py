@@ -67,17 +67,21 @@ def test_errors(plain):
         PagedCache(plain.config, 8, block_size=0, like=plain.norm.weight)
 
 
-def test_tokens_for_which_blocks_ran_out_may_be_given_once_more(plain):
-    """Oracle: a cache with room from the first; of two rows the first gets the last block, and the second none."""
+@pytest.mark.parametrize("rows", [[0, 1], [0, 0]])
+def test_what_blocks_ran_out_for_may_be_given_once_more(plain, rows):
+    """Oracle: a cache with room from the first; of two rows the first gets the last block, and the second none: it is given back."""
     prompt, more = torch.tensor([[5, 7, 33, 2], [1, 2, 3, 4]]), torch.tensor([[9], [8]])
     small, large = (PagedCache(plain.config, blocks * 4, block_size=4, like=plain.norm.weight) for blocks in (4, 8))
     with torch.no_grad():
         for cache in (small, large):
             plain.hidden(prompt, cache)
-        taken = small.blocks.open()
-        small.blocks.append(taken, 4)
+        other = small.blocks.open()
+        small.blocks.append(other, 4)
+        before = small.nbytes
         with pytest.raises(ValueError, match="1 tokens more need 1 blocks, and 0 of 4 are free"):
             plain.hidden(more, small)
-        assert small.length == 4
-        small.blocks.close(taken)
+        assert (small.length, small.nbytes) == (4, before)
+        small.blocks.close(other)
+        for cache in (small, large):
+            cache.select(rows)
         assert_close(plain.hidden(more, small), plain.hidden(more, large))

@@ -9,6 +9,9 @@ is given, as in RecurrentGemma; the paper has about four thirds of it. A layer t
 pattern's blocks, each normalized before and added after, without feed-forward; a language model has them one by one.
 Recurrences are float32 at least in any model.
 
+Comes trained: `griffin.safetensors`, from random weights on the testbed's rows, 2,600 steps of 8,192 tokens, for the arena long-context
+(`python -m tools.mixers griffin --d-model 192 --settings '{"window": 256}'`).
+
 Not here: several texts in a row of tokens, the fused kernel, left padding, more heads of keys and values.
 """
 

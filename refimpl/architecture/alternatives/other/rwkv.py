@@ -9,6 +9,9 @@ draws every matrix; the zeros, after which a layer adds nothing before its first
 `initialize`. Embeddings start uniform in $\pm 10^{-4}$ as in Appendix E, where v4neo takes the learning rate for the bound. The
 sums are float32 at least in any model.
 
+Comes trained: `rwkv.safetensors`, from random weights on the testbed's rows, 2,600 steps of 8,192 tokens, for the arena long-context
+(`python -m tools.mixers rwkv --d-model 160 --no-tied`).
+
 Not here: later versions, the auxiliary loss on the largest logit, learning rates of their own for decays and bonuses, left
 padding, halving the stream every six layers for 16 bits.
 """

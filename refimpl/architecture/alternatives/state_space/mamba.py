@@ -9,6 +9,9 @@ uniform on a logarithmic scale, where Section 3.6 has them uniform: both as in t
 convolution and the activations too (Appendix D). The decoder's state holds the convolution's three last inputs, where the
 official code holds four, and $h$ is float32 at least.
 
+Comes trained: `mamba.safetensors`, from random weights on the testbed's rows, 2,600 steps of 8,192 tokens, for the arena long-context
+(`python -m tools.mixers mamba`).
+
 Not here: biases of the projections in and out, complex $A$, the optional normalization inside the block (Section 3.4; the
 official code has none), gradients of gradients, left padding.
 """

@@ -150,6 +150,8 @@ class _Layer:
 
     def update(self, k: Tensor, v: Tensor, queries: Tensor, start: int) -> tuple[Tensor, Tensor, None]:  # noqa: ARG002 - the protocol's
         """Everything before, expanded, and the new tokens as they are; these are quantized for the next call."""
+        if self.channels is not None:
+            self.channels = (self.channels[0].to(k.device), self.channels[1].to(k.device))
         every = self._all(k, v) if self.first else [k, v]
         sinks = self.method.sinks
         if not self.first or self.first[0].shape[2] < sinks:
@@ -175,7 +177,7 @@ class _Layer:
         if self.keys.length:
             assert self.channels is not None
             wide, size = torch.promote_types(k.dtype, torch.float32), k.shape[1] * k.shape[3]
-            keys = self.keys.dense(size, *(x.to(k.device, wide) for x in self.channels))
+            keys = self.keys.dense(size, *(x.to(wide) for x in self.channels))
             values = self.values.dense(size, self.width.all().to(wide), self.middle.all().to(wide))
             keys, values = (torch.unflatten(x.squeeze(1), -1, (k.shape[1], -1)).transpose(1, 2) for x in (keys, values))
             keys = rotate(keys, *self._rotation(self.first[0].shape[2], keys.shape[2], k))
@@ -186,7 +188,7 @@ class _Layer:
     def _append_keys(self, x: Tensor, width: Tensor, middle: Tensor, half: torch.dtype) -> None:
         """Outliers are those beyond their channel's range, and of these the farthest at either end of the token."""
         stored(x, half)
-        width, middle = width.to(x), middle.to(x)
+        width, middle = width.to(x.dtype), middle.to(x.dtype)
         shares, count = (x - middle) / width, self._count(x)
         places = torch.cat([shares.topk(count, largest=largest).indices for largest in (True, False)], dim=-1)
         self.keys.append(x, width, middle, places, shares.gather(-1, places).abs() > 1, half)

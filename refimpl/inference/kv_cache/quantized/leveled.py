@@ -50,7 +50,9 @@ class LeveledVectors:
         Raises:
             ValueError: what an outlier lacks is more than the dtype expresses.
         """
-        self.levels = Levels(*(level.to(x.device) for level in self.levels))
+        encode, decode = self.levels
+        moved = encode.to(x.device)
+        self.levels = Levels(moved, moved if decode is encode else decode.to(x.device))
         codes = nearest((x - middle) / width, self.levels.encode)
         lack = (x - self._decoded(codes, width, middle)).gather(-1, places).masked_fill_(~apart, 0)
         self.codes.append(pack(codes, self.bits))
