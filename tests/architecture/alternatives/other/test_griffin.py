@@ -9,10 +9,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from refimpl import testbed
+from refimpl.architecture.alternatives import trained
 from refimpl.architecture.alternatives.language_model import LanguageModelConfig, States
 from refimpl.architecture.alternatives.other.griffin import Griffin, load
 from refimpl.architecture.alternatives.protocol import state_bytes
-from refimpl.testbed.tokenizer import VOCABULARY
+from refimpl.testbed.tokenizer import VOCABULARY, tokenizer
 from tests.architecture.alternatives.other.measures import power_of_the_length, recalled, trained_recaller
 
 TOKENS = torch.randint(0, 61, (2, 70), generator=torch.Generator().manual_seed(1))
@@ -195,6 +196,26 @@ def test_claims_of_recall(claim):
     assert share > 0.7  # it has learnt the task
     claim("griffin", "recall-in-window", share / recalled(hawk, fillers=4))
     claim("griffin", "extrapolation-recall", far / share)
+
+
+@torch.no_grad()
+def test_claim_recall_ends_with_the_window(claim):
+    """Share of needles of which every word is the likeliest after those before it; one nearer than the window of the trained model, one beyond it."""
+    model = trained.load(Griffin, dtype=torch.float32)
+    assert {block.mixer.window for block in model.blocks if hasattr(block.mixer, "window")} == {256}
+
+    def found(depth):
+        samples = testbed.tasks.samples("needle", 12, 704, torch.Generator().manual_seed(0), depth=depth)
+        right = 0
+        for sample in samples:
+            prompt, answer = (
+                tokenizer().encode(text).ids for text in (sample.context + sample.question, sample.answer)
+            )
+            said = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1].argmax(dim=-1)
+            right += said.tolist() == answer
+        return right / len(samples)
+
+    claim("griffin", "recall-ends-with-the-window", found(0.8) - found(0.1))
 
 
 def test_claim_extrapolation(claim):
