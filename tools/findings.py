@@ -380,7 +380,7 @@ def learnt(weights: Mapping[str, Path], testbed: Path = TESTBED) -> dict[str, di
         weights: files of trained mixers, by method; those that are not there are left out.
         testbed: the testbed's own log.
     """
-    found = {BASELINE: json.loads(testbed.read_text(encoding="utf-8"))["log"][-1]}
+    found = {f"the testbed's ({BASELINE})": json.loads(testbed.read_text(encoding="utf-8"))["log"][-1]}
     for method, path in weights.items():
         if path.is_file():
             with safe_open(path, "np") as file:

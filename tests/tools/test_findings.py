@@ -264,7 +264,7 @@ def test_what_models_had_learnt_is_read_from_their_logs(tmp_path):
     save_file({}, tmp_path / "mamba.safetensors", {"log": json.dumps(logs[1])})
     weights = {name: tmp_path / f"{name}.safetensors" for name in ("mamba", "not-trained")}
     found = findings.learnt(weights, tmp_path / "training.json")
-    assert found == {"full cache": {"step": 2, "needle": 1.0}, "mamba": {"step": 2, "needle": 0.25}}
+    assert found == {"the testbed's (full cache)": {"step": 2, "needle": 1.0}, "mamba": {"step": 2, "needle": 0.25}}
 
 
 def test_the_page_says_what_models_had_learnt_only_if_a_mixer_is_among_them(tmp_path):
