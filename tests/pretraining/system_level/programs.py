@@ -183,8 +183,8 @@ def measure(group, method, dtype, steps=2):
         before = dict(group.sent)
         run.step(x, y)
     sent = {kind: n - before.get(kind, 0) for kind, n in group.sent.items() if n != before.get(kind, 0)}
-    looks = []
-    for _ in range(3):  # the thread that sent a buffer holds it for a moment after all others have let go; another task ends that
+    looks = []  # the thread that sent a buffer holds it for a moment longer than others; its next task ends that
+    for _ in range(3):
         group.all_reduce(torch.zeros(1))
         looks.append(living())
     return {"held": run.held, "resting": min(looks) - empty - x.nbytes - y.nbytes, "sent": sent, "peak": run.peak}
