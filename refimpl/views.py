@@ -76,7 +76,8 @@ def method_view(tree: Taxonomy, method: Method) -> RenderableType:
         parts += ["", Text("Claims", style="bold")]
         for c in method.claims:
             verdict = "" if c.holds else f" Does not hold here: {c.why}"
-            parts += [Text(f"  {c.id}: {c.says} Expected: {c.expect} ({c.source.where}).{verdict}")]
+            text = Text.assemble((c.id, "cyan"), f": {c.says} Expected: {c.expect} ({c.source.where}).{verdict}")
+            parts += [Padding(text, (0, 0, 0, 2))]
         parts += [Text(f"  measured: `effllm claims {method.id}`", style="dim")]
     parts += ["", Text("Papers", style="bold"), *(_paper_line(tree.papers[key]) for key in method.papers)]
     return Group(*parts)
