@@ -206,3 +206,13 @@ def test_prompts_that_cannot_be_padded():
     for rows in ([], [[1], []]):
         with pytest.raises(ValueError, match="one is needed"):
             pad(rows)
+
+
+def test_padding_of_a_continued_batch_may_be_more_than_what_is_new(model):
+    """Oracle: the whole prompts at once; two tokens of padding stand in the cache, and one token is new."""
+    tokens, padding = torch.tensor([[0, 0, 5, 7], [9, 1, 33, 2]]), torch.tensor([2, 0])
+    cache = FullCache()
+    with torch.no_grad():
+        model.hidden(tokens[:, :-1], cache, padding)
+    found = generate(model, tokens[:, -1:], 5, padding=padding, cache=cache)
+    assert torch.equal(found, generate(model, tokens, 5, padding=padding))

@@ -82,7 +82,7 @@ def test_a_counting_target_by_hand():
     decoded = Lookahead(ngram=4, from_prompt=True).decode(target, prompt, 14)
     assert decoded.tokens.tolist() == [[4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2]]
     assert decoded.target_calls == 5 and decoded.accepted.tolist() == [9] and decoded.rejected.tolist() == [0]
-    assert Lookahead(ngram=2, from_prompt=True).decode(target, prompt, 15).target_calls == 8
+    assert Lookahead(ngram=2, from_prompt=True).decode(target, prompt, 14).target_calls == 8
     assert Lookahead(ngram=4, window=1).decode(target, prompt, 14).target_calls > 5  # control
 
 

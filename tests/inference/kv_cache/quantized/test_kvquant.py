@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from refimpl import testbed
-from refimpl.inference.kv_cache.quantized.kvquant import KVQuant, side_by_side, span
-from refimpl.inference.kv_cache.quantized.levels import nearest, normal_levels
+from refimpl.inference.kv_cache.quantized.kvquant import KVQuant, _Layer, side_by_side, span
+from refimpl.inference.kv_cache.quantized.levels import Levels, nearest, normal_levels
 from refimpl.inference.kv_cache.quantized.sensitivity import sensitivities
 from refimpl.model.cache import FullCache
 from refimpl.model.config import Rope
@@ -180,6 +180,13 @@ def test_calibration_by_hand():
     assert (norm.decode.max() - norm.decode.min()) > (
         norm.encode.max() - norm.encode.min()
     )  # Q-Norm widens what means narrowed
+
+
+def test_a_whole_number_of_outliers_is_not_rounded_up():
+    """Oracle: by hand: 7 % of 200 are 14, seven at either end; as floats 200 * 0.07 / 2 is a little more."""
+    levels = normal_levels(4)
+    layer = _Layer(KVQuant(outliers=0.07), Rotary(shape()), Levels(levels, levels), None)
+    assert [layer._count(torch.zeros(n)) for n in (200, 201)] == [7, 8]
 
 
 def test_calibrated_here_and_run_there(device):
